@@ -1,0 +1,19 @@
+"""Callbacks: the two stages of guidance, and what a user sees."""
+
+from thinktuning.callbacks.audit import AuditLog
+from thinktuning.callbacks.base import RolloutCallback
+from thinktuning.callbacks.checkpoint import RolloutCheckpoint
+from thinktuning.callbacks.guidance import TeacherGuidance
+from thinktuning.callbacks.injection import BehaviorInjection
+from thinktuning.callbacks.progress import RolloutProgress
+from thinktuning.callbacks.samples import SampleLog
+
+__all__ = [
+    "AuditLog",
+    "BehaviorInjection",
+    "RolloutCallback",
+    "RolloutCheckpoint",
+    "RolloutProgress",
+    "SampleLog",
+    "TeacherGuidance",
+]

@@ -1,0 +1,163 @@
+"""The command line: ``thinktuning fit | validate | test | export``."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from thinktuning import runs
+from thinktuning.callbacks import (
+    AuditLog,
+    BehaviorInjection,
+    RolloutCheckpoint,
+    RolloutProgress,
+    SampleLog,
+    TeacherGuidance,
+)
+from thinktuning.checkpointing import AtomicCheckpointIO
+from thinktuning.data import GSM8KDataModule
+from thinktuning.engines import Engine, TransformersEngine
+from thinktuning.errors import InputError
+from thinktuning.export import export
+from thinktuning.module import ThinkTuningModule
+from thinktuning.report import print_report
+
+_DESCRIPTION = """ThinkTuning: teach a language model behaviors that it never samples.
+`thinktuning fit --config FILE` trains; `thinktuning SUBCOMMAND --help` is the manual;
+`thinktuning export --ckpt_path FILE --output DIR` writes a Hugging Face folder."""
+
+
+class _Parser(LightningArgumentParser):
+    """Says what is wrong in a few lines, without the usage of some two hundred options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        sys.exit(f"error: {message}\nEvery option: {self.prog} --help")
+
+
+class ThinkTuningCLI(LightningCLI):
+    """Wires model, data, engine, guidance, injection and trainer together."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser with short errors."""
+        parser = _Parser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=jsonargparse.ActionConfigFile, help="A YAML file; repeatable."
+        )
+        return parser
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's subcommands that have a meaning here."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "weights_only"},
+            "test": {"model", "dataloaders", "datamodule", "weights_only"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The sections beside model, data and trainer, and what follows from what."""
+        parser.add_subclass_arguments(
+            Engine, "engine", default=jsonargparse.lazy_instance(TransformersEngine)
+        )
+        parser.add_lightning_class_args(TeacherGuidance, "guidance")
+        parser.add_lightning_class_args(BehaviorInjection, "injection")
+        parser.add_lightning_class_args(RolloutCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.every_n_train_steps": 10,
+                "checkpoint.filename": "step={step:06d}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.save_last": "link",
+                "trainer.default_root_dir": "runs",
+                "trainer.log_every_n_steps": 1,
+                "trainer.num_sanity_val_steps": 0,
+            }
+        )
+        parser.link_arguments("engine", "model.engine", apply_on="instantiate")
+        parser.link_arguments("model.pretrained", "data.tokenizer")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the checkpoint's hyperparameters override the configuration."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Give the run its folder: a new one, or that of the checkpoint it resumes from."""
+        settings = self._get(self.config_init, "trainer")
+        root = Path(settings["default_root_dir"])
+        checkpoint = self._checkpoint(root)
+        run = (checkpoint and runs.run_of(checkpoint)) or runs.new_run(root)
+        self.config_init[self.subcommand]["ckpt_path"] = str(checkpoint) if checkpoint else None
+        self._get(self.config_init, "checkpoint").dirpath = run / runs.CHECKPOINTS
+        if settings["logger"] in (None, True):
+            kwargs["logger"] = TensorBoardLogger(run.parent, name="", version=run.name)
+        plugins = settings["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        self.run = run
+        return super().instantiate_trainer(**kwargs, plugins=[*plugins, AtomicCheckpointIO()])
+
+    def _checkpoint(self, root: Path) -> Path | None:
+        """The file that ``--ckpt_path`` means."""
+        wanted = self._get(self.config_init, "ckpt_path")
+        if wanted is None:
+            return None
+        if wanted == "last":
+            found = runs.last_checkpoint(root)
+            if found is None:
+                rank_zero_warn(f"there is no checkpoint under {root}: the run starts afresh")
+            return found
+        if not Path(wanted).exists():
+            raise InputError(f"there is no checkpoint {wanted!r}; expected a file, or 'last'")
+        return Path(wanted)
+
+    @rank_zero_only
+    def before_fit(self) -> None:
+        """Keep the configuration of every start beside what it made."""
+        self.run.mkdir(parents=True, exist_ok=True)
+        parser, config = self._parser("fit"), self.config["fit"]
+        parser.save(config, runs.config_path(self.run), skip_none=False)
+
+    @rank_zero_only
+    def after_fit(self) -> None:
+        """Say what happened and what to do next."""
+        if self.trainer.state.finished:
+            print_report(self.trainer, self.run)
+
+
+def _seed(seed: bool | int) -> int:
+    if isinstance(seed, bool):
+        raise InputError("seed_everything must be an integer, so that the run can be repeated")
+    return seed
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line."""
+    warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
+    arguments = sys.argv[1:] if args is None else args
+    try:
+        if arguments[:1] == ["export"]:
+            jsonargparse.auto_cli(export, args=arguments[1:], prog="thinktuning export")
+            return
+        ThinkTuningCLI(
+            ThinkTuningModule,
+            GSM8KDataModule,
+            args=args,
+            auto_configure_optimizers=False,
+            seed_everything_default=1,
+            save_config_callback=None,
+            trainer_defaults={"callbacks": [RolloutProgress(), SampleLog(), AuditLog()]},
+            parser_kwargs={"description": _DESCRIPTION, "prog": "thinktuning"},
+        )
+    except (InputError, MisconfigurationException) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

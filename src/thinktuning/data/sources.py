@@ -1,0 +1,130 @@
+"""Where questions come from: a hub id, a local file in upstream's format, or reasoning-gym."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from thinktuning.errors import InputError
+
+REASONING_GYM = "reasoning-gym:"
+_MAX_FAULTS_SHOWN = 5
+_NUMBER = re.compile(r"[-+]?\d*\.?\d+")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of the source: its number, its text and its normalised gold answer."""
+
+    index: int
+    text: str
+    answer: str
+
+
+def parse_gold(answer: str) -> str | None:
+    """The gold answer of a GSM8K row: what follows its last ``####``, normalised.
+
+    ``#### $1,000.`` gives ``1000``, ``#### +7`` gives ``7``, ``#### - 3`` gives ``-3``. An answer
+    that isn't a number (a fraction, LaTeX) is kept as it is. A row without ``####`` counts as the
+    final answer alone.
+
+    Returns:
+        The answer, or None where nothing is left.
+    """
+    final = answer.rsplit("####", 1)[-1].strip()
+    number = final.replace(",", "").replace("$", "").replace(" ", "").rstrip(".")
+    number = number.replace("\N{MINUS SIGN}", "-")
+    if _NUMBER.fullmatch(number):
+        return number.removeprefix("+")
+    return final or None
+
+
+def load_questions(
+    source: str, split: str, seed: int = 0, limit: int | None = None
+) -> list[Question]:
+    """Read a source.
+
+    Args:
+        source: A ``.jsonl``, ``.json`` or ``.parquet`` file with ``question`` and ``answer``
+            columns; ``reasoning-gym:NAME`` for a generator of that package; else a hub id.
+        split: Split of a hub data set, ``train`` or ``test``; unused by files.
+        seed: Of the generator.
+        limit: Rows to read at most; a generator makes this many.
+
+    Returns:
+        The questions in the order of the source.
+
+    Raises:
+        InputError: If the source can't be read, has no rows, or has rows without a question or a
+            gold answer; the first faulty rows are named.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"data: limit must be at least 1 or null, got {limit}")
+    if source.startswith(REASONING_GYM):
+        rows = _generated(source.removeprefix(REASONING_GYM), split, seed, limit or 1000)
+    else:
+        rows = _stored(source, split, limit)
+    return _questions(source, rows)
+
+
+def _stored(source: str, split: str, limit: int | None) -> Iterable[Mapping[str, Any]]:
+    path = Path(source).expanduser()
+    builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    try:
+        if path.suffix in builders:
+            if not path.is_file():
+                raise InputError(f"data: there is no file {str(path)!r}")
+            rows = datasets.load_dataset(builders[path.suffix], data_files=str(path), split="train")
+        else:
+            # GSM8K has two configurations with the same questions; others mostly have one.
+            name = "main" if source == "openai/gsm8k" else None
+            rows = datasets.load_dataset(source, name, split=split)
+    except (OSError, datasets.exceptions.DatasetsError, UnicodeDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        cause = error.__cause__ or error.__context__
+        detail = f" ({cause})" if cause is not None else ""
+        raise InputError(
+            f"data: cannot read {source!r}: {reason}{detail}\n"
+            f"expected a .jsonl or .parquet file with the columns 'question' and 'answer', "
+            f"'{REASONING_GYM}NAME', or a hub id that this machine can reach"
+        ) from error
+    missing = {"question", "answer"} - set(rows.column_names)
+    if missing:
+        raise InputError(
+            f"data: {source!r} has no column {' and '.join(map(repr, sorted(missing)))}; "
+            f"its columns are {rows.column_names}"
+        )
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _generated(name: str, split: str, seed: int, size: int) -> Iterable[Mapping[str, Any]]:
+    import reasoning_gym
+
+    # Generators draw row i from seed + i: far apart, the splits never share a row.
+    offset = 0 if split == "train" else 1_000_000_000
+    try:
+        return reasoning_gym.create_dataset(name, seed=seed + offset, size=size)
+    except ValueError as error:
+        raise InputError(f"data: reasoning-gym has no generator {name!r}: {error}") from error
+
+
+def _questions(source: str, rows: Iterable[Mapping[str, Any]]) -> list[Question]:
+    questions, faults = [], []
+    for index, row in enumerate(rows):
+        text, answer = row["question"], row["answer"]
+        gold = parse_gold(answer) if isinstance(answer, str) else None
+        if not isinstance(text, str) or not text.strip():
+            faults.append(f"row {index + 1}: 'question' must be a text, got {text!r:.60}")
+        elif gold is None:
+            faults.append(f"row {index + 1}: 'answer' has no gold answer, got {answer!r:.60}")
+        else:
+            questions.append(Question(index, text.strip(), gold))
+    if faults:
+        shown = "\n  ".join(faults[:_MAX_FAULTS_SHOWN])
+        raise InputError(f"data: {source!r} has {len(faults)} faulty rows:\n  {shown}")
+    if not questions:
+        raise InputError(f"data: {source!r} has no rows")
+    return questions

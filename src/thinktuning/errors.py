@@ -1,0 +1,8 @@
+"""What a user can mend."""
+
+
+class InputError(ValueError):
+    """Bad input: a configuration, a file, a model. The command line shows it without a traceback.
+
+    The message says what was wrong, what was expected and what to do; related faults come together.
+    """

@@ -1,0 +1,397 @@
+"""The LightningModule: holds the policy and the frozen reference, and keeps the stages in order.
+
+How it differs from the paper and from the authors' recipe:
+
+* Advantage-aware shaping follows the paper's equation; the recipe's bounds are swapped, so that its
+  coefficient is constant.
+* By default only guidance tokens are shaped, and the end-of-turn token behind them counts as one.
+* The student's token ids are never decoded and encoded again.
+* A guided rollout that would be too long stays unguided (option: cut off).
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jsonargparse import lazy_instance
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel
+
+from thinktuning.callbacks.base import RolloutCallback
+from thinktuning.engines import (
+    Completion,
+    Engine,
+    SamplingParams,
+    TransformersEngine,
+    derive_seed,
+)
+from thinktuning.errors import InputError
+from thinktuning.metrics import rollout_means
+from thinktuning.objective import Mean, ObjectiveConfig, policy_loss, token_weights
+from thinktuning.policy import completion_logprobs, end_of_turn_ids, load_model, load_tokenizer
+from thinktuning.rewards import MathReward, Reward, score, verify_math
+from thinktuning.tensors import policy_inputs, split, trim, with_advantages
+from thinktuning.types import Outcome, PolicyInputs, Prompt, Rollout, RolloutBatch
+
+_REFERENCE = "reference."
+
+
+class ThinkTuningModule(LightningModule):
+    """ThinkTuning: GRPO on a student whose rollouts a teacher has partly continued.
+
+    A batch of the trainer is a rollout batch: sampling, guidance, scoring and
+    ``num_mini_batches`` optimizer steps. Steps, checkpoints and plots count rollout batches.
+
+    Args:
+        pretrained: The student: hub id, local folder, or embedded for SmolLM2-135M-Instruct from
+            the package index. The frozen reference begins as the same weights.
+        engine: Samples the student's answers.
+        group_size: Answers per question, at least 2.
+        max_new_tokens: Length limit of an answer, the injected part included.
+        temperature: Of sampling; the policy is softmax(logits / temperature). Positive.
+        num_mini_batches: Optimizer steps per rollout batch; divides the questions of a rank.
+        micro_batch_size: Rollouts in one forward and backward pass; the result doesn't depend on
+            it.
+        objective: What the update optimises.
+        rewards: Added up; null is 1 for a correct answer.
+        optimizer: A torch optimizer class and its arguments.
+        warmup_steps: Rollout batches over which the learning rate rises from 0; constant after.
+        max_grad_norm: Gradients are clipped to this norm; null doesn't clip.
+        attention: Transformers' attn_implementation.
+        seed: Of sampling and selection; taken from seed_everything by the CLI.
+    """
+
+    reference: PreTrainedModel
+    policy: PreTrainedModel
+
+    def __init__(
+        self,
+        pretrained: str = "embedded",
+        engine: Engine = lazy_instance(TransformersEngine),  # noqa: B008
+        group_size: int = 8,
+        max_new_tokens: int = 1024,
+        temperature: float = 1.0,
+        num_mini_batches: int = 1,
+        micro_batch_size: int = 4,
+        objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008 (frozen)
+        rewards: list[Reward] | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.01),
+        warmup_steps: int = 0,
+        max_grad_norm: float | None = 1.0,
+        attention: str = "sdpa",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        faults = [
+            f"{name} must be at least {least}, got {value}"
+            for name, value, least in (
+                ("group_size", group_size, 2),
+                ("max_new_tokens", max_new_tokens, 1),
+                ("num_mini_batches", num_mini_batches, 1),
+                ("micro_batch_size", micro_batch_size, 1),
+                ("warmup_steps", warmup_steps, 0),
+            )
+            if value < least
+        ]
+        if temperature <= 0:
+            faults.append(f"temperature must be positive, got {temperature}")
+        if max_grad_norm is not None and max_grad_norm <= 0:
+            faults.append(f"max_grad_norm must be positive or null, got {max_grad_norm}")
+        if faults:
+            raise InputError("model: " + "; ".join(faults))
+        self.automatic_optimization = False
+        self.strict_loading = False  # the reference isn't in checkpoints; see on_load_checkpoint
+        self.pretrained = pretrained
+        self.engine = engine
+        self.group_size = group_size
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.num_mini_batches = num_mini_batches
+        self.micro_batch_size = micro_batch_size
+        self.objective = objective
+        self.rewards: Sequence[Reward] = [MathReward()] if rewards is None else rewards
+        self.optimizer_factory = optimizer
+        self.warmup_steps = warmup_steps
+        self.max_grad_norm = max_grad_norm
+        self.attention = attention
+        self.seed = seed
+        self.val_metrics = nn.ModuleDict(
+            {name: MeanMetric() for name in ("accuracy", "length", "cut_off", "no_answer")}
+        )
+        self._seconds: dict[str, float] = {}
+
+    # ---------------------------------------------------------------- models
+
+    def configure_model(self) -> None:
+        """Load the policy, and the reference where a KL term or a stage asks for it."""
+        if hasattr(self, "policy"):
+            return
+        self.tokenizer = load_tokenizer(self.pretrained)
+        self.policy = load_model(self.pretrained, attention=self.attention)
+        self.stop_ids = end_of_turn_ids(self.tokenizer, self.policy.generation_config)
+        if self._fitting() and self._needs_reference():
+            self.reference = load_model(self.pretrained, attention=self.attention)
+            self.reference.requires_grad_(False)
+
+    def _fitting(self) -> bool:
+        return self.trainer.state.fn == "fit"
+
+    def _needs_reference(self) -> bool:
+        return self.objective.kl_coef > 0 or any(c.needs_reference() for c in self._stages())
+
+    def _stages(self) -> list[RolloutCallback]:
+        return [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer, and a learning rate that is constant after its warm-up."""
+        optimizer = self.optimizer_factory(self.policy.parameters())
+        warmup = self.warmup_steps
+        # Stepped once a rollout batch; the first batch already learns.
+        scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Everything but the frozen reference, which is loaded anew."""
+        state = super().state_dict(*args, **kwargs)
+        return {k: v for k, v in state.items() if not k.startswith(_REFERENCE)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which model the weights belong to."""
+        checkpoint["pretrained"] = self.pretrained
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that aren't this policy's; strict loading would miss the reference."""
+        expected, found = set(self.state_dict()), set(checkpoint["state_dict"])
+        if expected != found:
+            raise InputError(
+                f"the checkpoint isn't one of this model ({self.pretrained}): it lacks "
+                f"{len(expected - found)} of its weights and has {len(found - expected)} others, "
+                f"e.g. {sorted(expected ^ found)[0]!r}; give the configuration it was made with"
+            )
+
+    # -------------------------------------------------------------- training
+
+    def training_step(self, prompts: list[Prompt], batch_idx: int) -> dict[str, RolloutBatch]:
+        """One rollout batch, from questions to ``num_mini_batches`` optimizer steps."""
+        self._seconds = {}
+        started = time.perf_counter()
+        with self._stage("rollout"):
+            rollouts = self._sample(prompts)
+        for callback in self._stages():
+            with self._stage(callback.stage):
+                rollouts = callback.on_rollouts(self.trainer, self, rollouts)
+        with self._stage("reward"):
+            rollouts = score(rollouts, self.rewards)
+            rollouts = with_advantages(rollouts, self.objective.advantage_scale)
+        with self._stage("logprobs"):
+            inputs = self._with_fixed_logprobs(policy_inputs(rollouts, self.device))
+        with self._stage("update"):
+            means, maxima = self._update(inputs)
+        self._seconds["step"] = time.perf_counter() - started
+        self._log_step(rollouts, rollout_means(rollouts) | means, maxima)
+        return {"rollouts": rollouts}
+
+    def _sample(self, prompts: Sequence[Prompt]) -> RolloutBatch:
+        """Stage 1: the student answers every question ``group_size`` times."""
+        if len(prompts) % self.num_mini_batches:
+            raise InputError(
+                f"model: num_mini_batches={self.num_mini_batches} must divide the questions of a "
+                f"rollout batch on each rank, {len(prompts)}"
+            )
+        step = self.global_step
+        seeds = [
+            [derive_seed(self.seed, step, p.index, i, "rollout") for i in range(self.group_size)]
+            for p in prompts
+        ]
+        params = SamplingParams(self.max_new_tokens, self.stop_ids, self.temperature)
+        self.engine.load_weights(self.policy)
+        groups = self.engine.sample([p.token_ids for p in prompts], seeds, params)
+        rollouts = [
+            self._rollout(prompt, i, completion)
+            for prompt, group in zip(prompts, groups, strict=True)
+            for i, completion in enumerate(group)
+        ]
+        return RolloutBatch(step, self.group_size, tuple(rollouts))
+
+    def _rollout(self, prompt: Prompt, sample: int, completion: Completion) -> Rollout:
+        return Rollout(
+            prompt=prompt,
+            sample=sample,
+            completion_ids=completion.token_ids,
+            logprobs=completion.logprobs,
+            injected_mask=(False,) * len(completion.token_ids),
+            finished=completion.finish_reason == "stop",
+            text=self.decode(completion.token_ids),
+        )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a completion without its control tokens."""
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    def _with_fixed_logprobs(self, inputs: PolicyInputs) -> PolicyInputs:
+        """Add the logprobs that stay fixed during the update, as far as it needs them."""
+        if self.num_mini_batches > 1:
+            inputs = replace(inputs, old_logprobs=self._frozen_logprobs(self.policy, inputs))
+        if self.objective.kl_coef > 0:
+            inputs = replace(inputs, ref_logprobs=self._frozen_logprobs(self.reference, inputs))
+        return inputs
+
+    @torch.no_grad()
+    def _frozen_logprobs(self, model: nn.Module, inputs: PolicyInputs) -> Tensor:
+        width = inputs.completion_mask.shape[1]
+        rows = []
+        for micro in split(inputs, self.micro_batch_size):
+            logprobs = completion_logprobs(model, trim(micro), self.temperature).logprobs
+            rows.append(nn.functional.pad(logprobs, (0, width - logprobs.shape[1])))
+        return torch.cat(rows)
+
+    def _update(self, inputs: PolicyInputs) -> tuple[dict[str, Mean], dict[str, Tensor]]:
+        """Stage 3: one optimizer step per mini-batch."""
+        optimizer = self.optimizers()
+        total: dict[str, Mean] = {}
+        weight_max = inputs.advantages.new_zeros(())
+        size = inputs.input_ids.shape[0] // self.num_mini_batches
+        for number, mini in enumerate(split(inputs, size), start=1):
+            optimizer.zero_grad()
+            for micro in split(self._with_token_weights(mini), self.micro_batch_size):
+                means, micro_max = self._backward(trim(micro))
+                _add(total, means)
+                weight_max = torch.maximum(weight_max, micro_max)
+            norm = self._clip_gradients()
+            finite = bool(norm.isfinite())
+            if not finite:
+                optimizer.zero_grad(set_to_none=True)  # the optimizer passes over missing gradients
+            clean_norm = norm.item() if finite else 0.0
+            _add(total, {"optimizer/grad_norm": Mean(clean_norm, int(finite))})
+            _add(total, {"optimizer/skipped_steps": Mean(int(not finite), 1)})
+            if number < self.num_mini_batches:
+                # Past Lightning's wrapper, so that global_step counts rollout batches.
+                self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
+            else:
+                optimizer.step()
+        self.lr_schedulers().step()
+        # The losses of a step's micro-batches and ranks add up to world_size times its loss.
+        steps = self.num_mini_batches * self.trainer.world_size
+        _add(total, {"objective/loss": Mean(0.0, steps)})
+        return total, {"shaping/weight_max": weight_max}
+
+    def _with_token_weights(self, mini: PolicyInputs) -> PolicyInputs:
+        """Weigh every token by its share in the mean over this optimizer step on all ranks."""
+        counts = mini.advantages.new_tensor(
+            [mini.completion_mask.sum(), mini.completion_mask.shape[0]], dtype=torch.float64
+        )
+        num_tokens, num_sequences = self._sum_over_ranks(counts).tolist()
+        weights = token_weights(
+            mini.completion_mask,
+            self.objective.normalizer,
+            int(num_tokens),
+            int(num_sequences),
+            self.max_new_tokens,
+        )
+        # DDP and FSDP average gradients over ranks, but each rank's loss is a part of a sum.
+        return replace(mini, token_weights=weights * self.trainer.world_size)
+
+    def _backward(self, micro: PolicyInputs) -> tuple[dict[str, Mean], Tensor]:
+        scores = completion_logprobs(self.policy, micro, self.temperature)
+        scores.logprobs.retain_grad()
+        output = policy_loss(replace(micro, logprobs=scores.logprobs), self.objective)
+        self.manual_backward(output.loss)
+        assert scores.logprobs.grad is not None
+        signal = scores.logprobs.grad.abs()
+        means = {f"objective/{name}": value for name, value in output.metrics.items()}
+        for name in ("shaping_weight", "shaping_masked"):
+            means[name.replace("_", "/")] = means.pop(f"objective/{name}")
+        means |= {
+            "objective/loss": Mean(output.loss.detach(), 0),
+            "objective/entropy": Mean(scores.entropy.sum(), micro.completion_mask.sum()),
+            "shaping/gradient_share": Mean(signal[micro.injected_mask].sum(), signal.sum()),
+        }
+        return means, output.weight_max
+
+    def _clip_gradients(self) -> Tensor:
+        """Clip to ``max_grad_norm``; the norm before clipping."""
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        return nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(values, reduce_op="sum")
+
+    # ------------------------------------------------------------ validation
+
+    def validation_step(self, prompts: list[Prompt], batch_idx: int) -> None:
+        """Greedy answers of the student, without guidance."""
+        self._evaluate(prompts, "val")
+
+    def test_step(self, prompts: list[Prompt], batch_idx: int) -> None:
+        """The same as validation."""
+        self._evaluate(prompts, "test")
+
+    def _evaluate(self, prompts: Sequence[Prompt], prefix: str) -> None:
+        params = SamplingParams(self.max_new_tokens, self.stop_ids, temperature=0.0)
+        self.engine.load_weights(self.policy)
+        groups = self.engine.sample([p.token_ids for p in prompts], [[0]] * len(prompts), params)
+        for prompt, (completion,) in zip(prompts, groups, strict=True):
+            rollout = self._rollout(prompt, 0, completion)
+            outcome = verify_math(rollout.text, prompt.answer, rollout.finished)
+            self.val_metrics["accuracy"].update(float(outcome is Outcome.CORRECT))
+            self.val_metrics["no_answer"].update(float(outcome is Outcome.NO_ANSWER))
+            self.val_metrics["length"].update(float(len(rollout.completion_ids)))
+            self.val_metrics["cut_off"].update(float(not rollout.finished))
+        for name, metric in self.val_metrics.items():
+            self.log(
+                f"{prefix}/{name}",
+                metric,
+                on_epoch=True,
+                prog_bar=name == "accuracy",
+                batch_size=len(prompts),
+            )
+
+    # --------------------------------------------------------------- logging
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Time a stage and tell the callbacks that it begins."""
+        for callback in self._stages():
+            callback.on_stage(self.trainer, self, name)
+        started = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def _log_step(
+        self, rollouts: RolloutBatch, means: dict[str, Mean], maxima: dict[str, Tensor]
+    ) -> None:
+        """Log a step's numbers, each over all ranks."""
+        table = torch.tensor(
+            [[float(m.total), float(m.count)] for m in means.values()],
+            dtype=torch.float64,
+            device=self.device,
+        )
+        for name, (total, count) in zip(means, self._sum_over_ranks(table).tolist(), strict=True):
+            if count > 0:  # a mean over nothing isn't logged
+                shown = name == "reward/all"
+                self.log("reward" if shown else name, total / count, prog_bar=shown, batch_size=1)
+        for name, value in maxima.items():
+            self.log(name, value, batch_size=1, reduce_fx="max", sync_dist=True)
+        for name, seconds in self._seconds.items():
+            self.log(f"seconds/{name}", seconds, batch_size=1)
+        sampled = sum(len((r.original or r).completion_ids) for r in rollouts.rollouts)
+        trained = sum(len(r.completion_ids) for r in rollouts.rollouts)
+        for name, tokens in (("rollout", sampled), ("update", trained)):
+            self.log(f"tokens_per_second/{name}", tokens / self._seconds[name], batch_size=1)
+        learning_rate = self.lr_schedulers().get_last_lr()[0]
+        self.log("optimizer/learning_rate", learning_rate, batch_size=1)
+
+
+def _add(total: dict[str, Mean], means: dict[str, Mean]) -> None:
+    for name, value in means.items():
+        old = total.get(name, Mean(0.0, 0.0))
+        total[name] = Mean(old.total + value.total, old.count + value.count)

@@ -1,0 +1,76 @@
+"""Students, references and teachers from a hub id or a folder."""
+
+from collections.abc import Iterable
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from thinktuning.errors import InputError
+from thinktuning.policy.embedded import EMBEDDED, embedded_model
+
+
+def load_model(
+    name: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """A causal language model in eval mode, so that dropout never blurs a probability.
+
+    Args:
+        name: Hub id, local folder, or ``embedded``.
+        dtype: Of the weights.
+        attention: Transformers' ``attn_implementation``.
+
+    Raises:
+        InputError: If ``name`` can't be loaded.
+    """
+    path = _resolve(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention
+        ).eval()
+    except OSError as error:
+        raise InputError(_cannot_load("model", name, error)) from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model; see ``load_model``."""
+    path = _resolve(name)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(_cannot_load("tokenizer", name, error)) from error
+
+
+def end_of_turn_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
+) -> tuple[int, ...]:
+    """Every id that ends a turn, sorted: the tokenizer's and those of the generation config.
+
+    Raises:
+        InputError: If there is none, so that no completion could ever finish.
+    """
+    ids = {tokenizer.eos_token_id}
+    configured = generation_config.eos_token_id if generation_config is not None else None
+    ids.update(configured if isinstance(configured, Iterable) else [configured])
+    ids.discard(None)
+    if not ids:
+        raise InputError(
+            "the tokenizer and the generation config name no end-of-turn token, so no answer could "
+            "ever finish; set eos_token in tokenizer_config.json or eos_token_id in "
+            "generation_config.json"
+        )
+    return tuple(sorted(ids))
+
+
+def _resolve(name: str) -> str:
+    return str(embedded_model()) if name == EMBEDDED else name
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    return (
+        f"cannot load the {what} {name!r}: {first_line}\n"
+        f"expected a folder with config.json, weights and tokenizer files, a hub id that this "
+        f"machine can reach, or {EMBEDDED!r} for the small model that is fetched from the package "
+        f"index"
+    )

@@ -1,0 +1,70 @@
+"""What a run says when it ends."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from thinktuning import runs
+
+
+def print_report(trainer: Trainer, run: Path) -> None:
+    """Print what happened, a guided rollout, and what to do next."""
+    console = Console(highlight=False)
+    rows = _audit_rows(run)
+    guided = [row for row in rows if row["after"] is not None]
+    console.print(
+        f"\nTrained for {trainer.global_step} rollout steps. The teacher was asked about "
+        f"{len(rows)} answers; {len(guided)} were continued with its feedback."
+    )
+    if guided:
+        console.print(Panel(_sample(_most_telling(guided)), title="a guided rollout"))
+    elif rows:
+        reasons = sorted({str(row["skipped"]) for row in rows})
+        console.print(f"No feedback could be used ({', '.join(reasons)}): see {run}/audit*.jsonl.")
+    command = Path(sys.argv[0])
+    tensorboard = command.with_name("tensorboard")
+    config, checkpoint = str(run / "config.yaml"), str(run / runs.CHECKPOINTS / "last.ckpt")
+    more = ["--trainer.max_steps", 2 * trainer.global_step]
+    next_steps = {
+        "watch": [tensorboard, "--logdir", run.parent],
+        "go on": [command, "fit", "--config", config, "--ckpt_path", "last", *more],
+        "export": [command, "export", "--ckpt_path", checkpoint, "--output", run / "exported"],
+    }
+    for what, line in next_steps.items():
+        console.print(f"{what + ':':8}{shlex.join(map(str, line))}", soft_wrap=True, markup=False)
+
+
+def _audit_rows(run: Path) -> list[dict[str, Any]]:
+    rows = []
+    for path in sorted(run.glob("audit*.jsonl")):
+        rows += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return rows
+
+
+def _most_telling(guided: list[dict[str, Any]]) -> dict[str, Any]:
+    """A rollout that guidance put right, else one that stayed right, else the last one."""
+
+    def worth(row: dict[str, Any]) -> tuple[bool, bool, int]:
+        before, after = row["before"]["outcome"], row["after"]["outcome"]
+        return after == "correct" and before != "correct", after == "correct", row["step"]
+
+    return max(guided, key=worth)
+
+
+def _sample(row: dict[str, Any]) -> Text:
+    text = Text(f"question {row['prompt']}, gold answer {row['gold']}\n\n")
+    text.append(row["student"].strip())
+    text.append(f"\n\n{row['injected']}\n\n", style="bold green")
+    text.append(
+        f"{row['before']['outcome']} before guidance, {row['after']['outcome']} after; "
+        f"advantage {row['advantage']:+.2f}; the green part is the teacher's",
+        style="dim",
+    )
+    return text

@@ -1,0 +1,18 @@
+"""Rewards: what a finished answer is worth. They judge text only."""
+
+from thinktuning.rewards.base import Response, Reward
+from thinktuning.rewards.maths import MathReward, last_boxed, verify_math
+from thinktuning.rewards.phrase import PhraseReward
+from thinktuning.rewards.scoring import score
+from thinktuning.types import Outcome
+
+__all__ = [
+    "MathReward",
+    "Outcome",
+    "PhraseReward",
+    "Response",
+    "Reward",
+    "last_boxed",
+    "score",
+    "verify_math",
+]

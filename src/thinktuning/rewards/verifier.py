@@ -1,0 +1,86 @@
+"""A worker process for symbolic comparison, which can be killed where sympy hangs."""
+
+import atexit
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+
+from thinktuning.types import Outcome
+
+_START_SECONDS = 60.0  # importing sympy on a busy machine
+
+
+class Verifier:
+    r"""Compares two answers in a worker process with a hard deadline.
+
+    ``\boxed{9^{9^{9^{9}}}}`` keeps sympy busy for ever, and math-verify's own timeout relies on
+    signals, which only work in a main thread. The worker starts with the first comparison.
+
+    Args:
+        seconds: Deadline of one comparison.
+    """
+
+    def __init__(self, seconds: float = 5.0) -> None:
+        self.seconds = seconds
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        atexit.register(self.close)
+
+    def compare(self, boxed: str, answer: str) -> Outcome:
+        """``correct``, ``wrong``, ``no_answer`` (no mathematics in the box) or ``timeout``."""
+        request = json.dumps([boxed, answer]).encode() + b"\n"
+        with self._lock:
+            worker = self._running_worker()
+            assert worker.stdin is not None
+            worker.stdin.write(request)
+            worker.stdin.flush()
+            reply = self._read_line(worker, self.seconds)
+            if reply is None:
+                self.close()
+                return Outcome.TIMEOUT
+        return Outcome(reply)
+
+    def close(self) -> None:
+        """End the worker, if there is one."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.communicate()
+            self._worker = None
+
+    def _running_worker(self) -> subprocess.Popen[bytes]:
+        if self._worker is None or self._worker.poll() is not None:
+            # A module of its own and not multiprocessing, which would import the trainer again.
+            self._worker = subprocess.Popen(
+                [sys.executable, "-m", "thinktuning.rewards.verifier_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+            )
+            ready = self._read_line(self._worker, _START_SECONDS)
+            if ready != "ready":
+                self.close()
+                raise RuntimeError(
+                    "the verifier's worker process did not start; run "
+                    "`python -m thinktuning.rewards.verifier_worker` to see why"
+                )
+        return self._worker
+
+    @staticmethod
+    def _read_line(worker: subprocess.Popen[bytes], seconds: float) -> str | None:
+        """The worker's next line, or None where it ends or stays silent past the deadline."""
+        assert worker.stdout is not None
+        deadline = time.monotonic() + seconds
+        line = b""
+        while not line.endswith(b"\n"):
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([worker.stdout], [], [], left)[0]:
+                return None
+            chunk = os.read(worker.stdout.fileno(), 4096)
+            if not chunk:
+                return None
+            line += chunk
+        return line.decode().strip()

@@ -1,0 +1,44 @@
+"""Where a run lives: ``<root>/version_<N>`` with its checkpoints, logs and configurations."""
+
+from pathlib import Path
+
+CHECKPOINTS = "checkpoints"
+_VERSION = "version_"
+
+
+def versions(root: Path) -> list[Path]:
+    """The runs under ``root``, oldest first."""
+    found = [p for p in root.glob(f"{_VERSION}*") if p.name.removeprefix(_VERSION).isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(_VERSION)))
+
+
+def new_run(root: Path) -> Path:
+    """The folder of the next run; it doesn't exist yet."""
+    taken = [int(p.name.removeprefix(_VERSION)) for p in versions(root)]
+    return root / f"{_VERSION}{max(taken, default=-1) + 1}"
+
+
+def last_checkpoint(root: Path) -> Path | None:
+    """The newest checkpoint of the newest run that has one."""
+    for run in reversed(versions(root)):
+        files = [p for p in (run / CHECKPOINTS).glob("*.ckpt") if not p.is_symlink()]
+        if files:
+            return max(files, key=lambda p: p.stat().st_mtime_ns)
+    return None
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint belongs to; None for one that lies elsewhere."""
+    folder = checkpoint.absolute().parent
+    is_run = folder.name == CHECKPOINTS and folder.parent.name.startswith(_VERSION)
+    return folder.parent if is_run else None
+
+
+def config_path(run: Path) -> Path:
+    """Where to save a start's configuration: earlier ones of the same run stay."""
+    path = run / "config.yaml"
+    number = 1
+    while path.exists():
+        path = run / f"config.resumed_{number}.yaml"
+        number += 1
+    return path
