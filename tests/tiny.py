@@ -60,6 +60,15 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     return made
 
 
+def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """One token for every word of the texts; no chat template, so that prompts are a few tokens."""
+    words = sorted({word for text in texts for word in text.split()})
+    vocabulary = {word: i for i, word in enumerate(["<|end|>", *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<|end|>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
+
+
 def model(family: str, vocab_size: int, eos_token_id: int, seed: int = 0) -> PreTrainedModel:
     """A randomly initialised ``llama``, ``qwen2`` or ``gpt2`` of about 50k parameters, fp32."""
     shape = {

@@ -2,10 +2,13 @@
 
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from thinktuning.errors import InputError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -33,5 +36,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint; nothing in it can run code."""
-        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        try:
+            checkpoint: dict[str, Any] = torch.load(
+                path, map_location=map_location, weights_only=True
+            )
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            raise InputError(
+                f"the checkpoint {str(path)!r} is damaged, or was not written by `thinktuning fit`:"
+                f" {str(error).splitlines()[0]}"
+            ) from error
         return checkpoint

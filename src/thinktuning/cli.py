@@ -75,6 +75,7 @@ class ThinkTuningCLI(LightningCLI):
                 "checkpoint.filename": "step={step:06d}",
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.save_last": "link",
+                "checkpoint.enable_version_counter": False,  # else a resumed run makes last-v1
                 "trainer.default_root_dir": "runs",
                 "trainer.log_every_n_steps": 1,
                 "trainer.num_sanity_val_steps": 0,
@@ -95,7 +96,7 @@ class ThinkTuningCLI(LightningCLI):
         checkpoint = self._checkpoint(root)
         run = (checkpoint and runs.run_of(checkpoint)) or runs.new_run(root)
         self.config_init[self.subcommand]["ckpt_path"] = str(checkpoint) if checkpoint else None
-        self._get(self.config_init, "checkpoint").dirpath = run / runs.CHECKPOINTS
+        self._get(self.config_init, "checkpoint").dirpath = str(run / runs.CHECKPOINTS)
         if settings["logger"] in (None, True):
             kwargs["logger"] = TensorBoardLogger(run.parent, name="", version=run.name)
         plugins = settings["plugins"] or []
@@ -122,7 +123,7 @@ class ThinkTuningCLI(LightningCLI):
         """Keep the configuration of every start beside what it made."""
         self.run.mkdir(parents=True, exist_ok=True)
         parser, config = self._parser("fit"), self.config["fit"]
-        parser.save(config, runs.config_path(self.run), skip_none=False)
+        parser.save(config, runs.config_path(self.run), skip_unset=False)
 
     @rank_zero_only
     def after_fit(self) -> None:
@@ -137,13 +138,29 @@ def _seed(seed: bool | int) -> int:
     return seed
 
 
+def _silence_untrue_warnings() -> None:
+    """Libraries' advice that doesn't apply here would hide what a user should read."""
+    for message in (
+        "Using ModelCheckpoint with manual optimization",  # the weights are meant as they are
+        "Found .* module\\(s\\) in eval mode",  # dropout must stay off
+        "Total length of .* across ranks is zero",  # no validation was asked for
+        ".*LeafSpec.*deprecated",
+        "LightningCLI's args parameter",
+        "Checkpoint directory .* exists and is not empty",  # a resumed run goes on where it was
+    ):
+        warnings.filterwarnings("ignore", message)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning|jsonargparse")
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
-    warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
+    _silence_untrue_warnings()
     arguments = sys.argv[1:] if args is None else args
     try:
         if arguments[:1] == ["export"]:
-            jsonargparse.auto_cli(export, args=arguments[1:], prog="thinktuning export")
+            jsonargparse.auto_cli(
+                export, args=arguments[1:], as_positional=False, prog="thinktuning export"
+            )
             return
         ThinkTuningCLI(
             ThinkTuningModule,

@@ -15,7 +15,7 @@ def mean(values: Iterable[float]) -> Mean:
 
 
 def rollout_means(batch: RolloutBatch) -> dict[str, Mean]:
-    """Means over a scored batch, to be added over ranks; a mean over nothing has count 0."""
+    """Means over a scored batch, to be added over ranks; a mean over nothing has weight 0."""
     rollouts = batch.rollouts
     guided = [r for r in rollouts if r.guided]
     unguided = [r for r in rollouts if not r.guided]

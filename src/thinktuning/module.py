@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 from jsonargparse import lazy_instance
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
-from thinktuning.callbacks.base import RolloutCallback
+from thinktuning.callbacks.base import RolloutCallback, StageObserver
 from thinktuning.engines import (
     Completion,
     Engine,
@@ -122,9 +124,8 @@ class ThinkTuningModule(LightningModule):
         self.max_grad_norm = max_grad_norm
         self.attention = attention
         self.seed = seed
-        self.val_metrics = nn.ModuleDict(
-            {name: MeanMetric() for name in ("accuracy", "length", "cut_off", "no_answer")}
-        )
+        self.val_accuracy, self.val_no_answer = MeanMetric(), MeanMetric()
+        self.val_length, self.val_cut_off = MeanMetric(), MeanMetric()
         self._seconds: dict[str, float] = {}
 
     # ---------------------------------------------------------------- models
@@ -147,9 +148,13 @@ class ThinkTuningModule(LightningModule):
         return self.objective.kl_coef > 0 or any(c.needs_reference() for c in self._stages())
 
     def _stages(self) -> list[RolloutCallback]:
-        return [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]
+        return [c for c in self._callbacks() if isinstance(c, RolloutCallback)]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def _callbacks(self) -> list[Callback]:
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return callbacks
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and a learning rate that is constant after its warm-up."""
         optimizer = self.optimizer_factory(self.policy.parameters())
         warmup = self.warmup_steps
@@ -157,7 +162,7 @@ class ThinkTuningModule(LightningModule):
         scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Everything but the frozen reference, which is loaded anew."""
         state = super().state_dict(*args, **kwargs)
         return {k: v for k, v in state.items() if not k.startswith(_REFERENCE)}
@@ -256,7 +261,9 @@ class ThinkTuningModule(LightningModule):
 
     def _update(self, inputs: PolicyInputs) -> tuple[dict[str, Mean], dict[str, Tensor]]:
         """Stage 3: one optimizer step per mini-batch."""
-        optimizer = self.optimizers()
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer)
+        assert isinstance(scheduler, LambdaLR)
         total: dict[str, Mean] = {}
         weight_max = inputs.advantages.new_zeros(())
         size = inputs.input_ids.shape[0] // self.num_mini_batches
@@ -278,7 +285,8 @@ class ThinkTuningModule(LightningModule):
                 self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
             else:
                 optimizer.step()
-        self.lr_schedulers().step()
+        _add(total, {"optimizer/learning_rate": Mean(scheduler.get_last_lr()[0], 1)})
+        scheduler.step()
         # The losses of a step's micro-batches and ranks add up to world_size times its loss.
         steps = self.num_mini_batches * self.trainer.world_size
         _add(total, {"objective/loss": Mean(0.0, steps)})
@@ -342,26 +350,23 @@ class ThinkTuningModule(LightningModule):
         for prompt, (completion,) in zip(prompts, groups, strict=True):
             rollout = self._rollout(prompt, 0, completion)
             outcome = verify_math(rollout.text, prompt.answer, rollout.finished)
-            self.val_metrics["accuracy"].update(float(outcome is Outcome.CORRECT))
-            self.val_metrics["no_answer"].update(float(outcome is Outcome.NO_ANSWER))
-            self.val_metrics["length"].update(float(len(rollout.completion_ids)))
-            self.val_metrics["cut_off"].update(float(not rollout.finished))
-        for name, metric in self.val_metrics.items():
-            self.log(
-                f"{prefix}/{name}",
-                metric,
-                on_epoch=True,
-                prog_bar=name == "accuracy",
-                batch_size=len(prompts),
-            )
+            self.val_accuracy.update(float(outcome is Outcome.CORRECT))
+            self.val_no_answer.update(float(outcome is Outcome.NO_ANSWER))
+            self.val_length.update(float(len(rollout.completion_ids)))
+            self.val_cut_off.update(float(not rollout.finished))
+        self.log(f"{prefix}/accuracy", self.val_accuracy, prog_bar=True, batch_size=1)
+        self.log(f"{prefix}/no_answer", self.val_no_answer, batch_size=1)
+        self.log(f"{prefix}/length", self.val_length, batch_size=1)
+        self.log(f"{prefix}/cut_off", self.val_cut_off, batch_size=1)
 
     # --------------------------------------------------------------- logging
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         """Time a stage and tell the callbacks that it begins."""
-        for callback in self._stages():
-            callback.on_stage(self.trainer, self, name)
+        for callback in self._callbacks():
+            if isinstance(callback, StageObserver):
+                callback.on_stage(self.trainer, self, name)
         started = time.perf_counter()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
@@ -371,14 +376,14 @@ class ThinkTuningModule(LightningModule):
     ) -> None:
         """Log a step's numbers, each over all ranks."""
         table = torch.tensor(
-            [[float(m.total), float(m.count)] for m in means.values()],
+            [[float(m.total), float(m.weight)] for m in means.values()],
             dtype=torch.float64,
             device=self.device,
         )
-        for name, (total, count) in zip(means, self._sum_over_ranks(table).tolist(), strict=True):
-            if count > 0:  # a mean over nothing isn't logged
+        for name, (total, weight) in zip(means, self._sum_over_ranks(table).tolist(), strict=True):
+            if weight > 0:  # a mean over nothing isn't logged
                 shown = name == "reward/all"
-                self.log("reward" if shown else name, total / count, prog_bar=shown, batch_size=1)
+                self.log("reward" if shown else name, total / weight, prog_bar=shown, batch_size=1)
         for name, value in maxima.items():
             self.log(name, value, batch_size=1, reduce_fx="max", sync_dist=True)
         for name, seconds in self._seconds.items():
@@ -387,11 +392,9 @@ class ThinkTuningModule(LightningModule):
         trained = sum(len(r.completion_ids) for r in rollouts.rollouts)
         for name, tokens in (("rollout", sampled), ("update", trained)):
             self.log(f"tokens_per_second/{name}", tokens / self._seconds[name], batch_size=1)
-        learning_rate = self.lr_schedulers().get_last_lr()[0]
-        self.log("optimizer/learning_rate", learning_rate, batch_size=1)
 
 
 def _add(total: dict[str, Mean], means: dict[str, Mean]) -> None:
     for name, value in means.items():
         old = total.get(name, Mean(0.0, 0.0))
-        total[name] = Mean(old.total + value.total, old.count + value.count)
+        total[name] = Mean(old.total + value.total, old.weight + value.weight)

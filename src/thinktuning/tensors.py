@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -9,7 +10,7 @@ from thinktuning.objective import group_advantages
 from thinktuning.types import PolicyInputs, RolloutBatch
 
 
-def with_advantages(batch: RolloutBatch, scale: str) -> RolloutBatch:
+def with_advantages(batch: RolloutBatch, scale: Literal["std", "none"]) -> RolloutBatch:
     """Fill in every rollout's group-relative advantage; rewards must be set."""
     # float64: the advantage of a rollout must not depend on how its rewards were rounded.
     rewards = torch.tensor(

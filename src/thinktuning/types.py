@@ -174,5 +174,5 @@ class PolicyInputs:
 
     def rows(self, start: int, stop: int) -> "PolicyInputs":
         """The inputs of rollouts ``start`` to ``stop`` - 1, views of the same memory."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PolicyInputs(**{k: None if v is None else v[start:stop] for k, v in values.items()})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: t[start:stop] for k, t in tensors.items() if t is not None})

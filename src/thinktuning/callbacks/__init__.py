@@ -1,7 +1,7 @@
 """Callbacks: the two stages of guidance, and what a user sees."""
 
 from thinktuning.callbacks.audit import AuditLog
-from thinktuning.callbacks.base import RolloutCallback
+from thinktuning.callbacks.base import RolloutCallback, StageObserver
 from thinktuning.callbacks.checkpoint import RolloutCheckpoint
 from thinktuning.callbacks.guidance import TeacherGuidance
 from thinktuning.callbacks.injection import BehaviorInjection
@@ -15,5 +15,6 @@ __all__ = [
     "RolloutCheckpoint",
     "RolloutProgress",
     "SampleLog",
+    "StageObserver",
     "TeacherGuidance",
 ]

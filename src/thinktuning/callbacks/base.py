@@ -1,4 +1,4 @@
-"""One more hook than Lightning has."""
+"""Two hooks that Lightning doesn't have."""
 
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,10 @@ class RolloutCallback(Callback):
     def needs_reference(self) -> bool:
         """Whether this stage asks the frozen reference, so that it must be loaded."""
         return False
+
+
+class StageObserver(Callback):
+    """A callback that is told how far a training step is."""
 
     def on_stage(self, trainer: Trainer, module: "ThinkTuningModule", stage: str) -> None:
         """A stage of the step begins."""

@@ -6,13 +6,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 
-from thinktuning.callbacks.base import RolloutCallback
+from thinktuning.callbacks.base import StageObserver
 
 if TYPE_CHECKING:
     from thinktuning.module import ThinkTuningModule
 
 
-class RolloutProgress(RichProgressBar, RolloutCallback):
+class RolloutProgress(RichProgressBar, StageObserver):
     """Shows the step, the stage it is in and the reward.
 
     Where the output isn't a terminal (a log file, CI) a bar can't move: every step prints a line.
@@ -21,7 +21,8 @@ class RolloutProgress(RichProgressBar, RolloutCallback):
     def __init__(self) -> None:
         super().__init__(leave=True)
         self._stage = "starting"
-        self._plain = not Console().is_terminal
+        if not Console().is_terminal:
+            self.disable()
 
     def on_stage(self, trainer: Trainer, module: "ThinkTuningModule", stage: str) -> None:
         """Name the stage in the bar."""
@@ -29,6 +30,9 @@ class RolloutProgress(RichProgressBar, RolloutCallback):
         if self.progress is not None and self.train_progress_bar_id is not None:
             self._update_metrics(trainer, module)
             self.refresh(hard=True)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch + 1}"
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The stage in front of the metrics that the module asked to be shown."""
@@ -46,7 +50,7 @@ class RolloutProgress(RichProgressBar, RolloutCallback):
     ) -> None:
         """Move the bar, or print the step's line."""
         self._stage = "done"
-        if not self._plain:
+        if self.is_enabled:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         elif trainer.is_global_zero:
             metrics = self.get_metrics(trainer, pl_module)

@@ -11,8 +11,12 @@ from thinktuning.types import Rollout, RolloutBatch
 class SampleLog(Callback):
     """Shows one guided and one unguided rollout of a step under TensorBoard's "Text".
 
-    Written as often as the scalars: every ``trainer.log_every_n_steps``.
+    Args:
+        every_n_steps: Rollout steps from one writing to the next.
     """
+
+    def __init__(self, every_n_steps: int = 5) -> None:
+        self.every_n_steps = every_n_steps
 
     def on_train_batch_end(
         self,
@@ -24,7 +28,7 @@ class SampleLog(Callback):
     ) -> None:
         """Write the first rollout of each kind."""
         rollouts: RolloutBatch = outputs["rollouts"]
-        if rollouts.step % trainer.log_every_n_steps or not trainer.is_global_zero:
+        if rollouts.step % self.every_n_steps or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Engine(ABC):
     """Samples completions from the weights that it was given last."""
 
     @abstractmethod
-    def load_weights(self, model: nn.Module) -> None:
+    def load_weights(self, model: PreTrainedModel) -> None:
         """Sample from the present weights of ``model`` from now on."""
 
     @abstractmethod

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from thinktuning.engines.base import Completion, Engine, SamplingParams
 from thinktuning.errors import InputError
@@ -25,9 +25,9 @@ class TransformersEngine(Engine):
         if max_batch_size < 1:
             raise InputError(f"engine: max_batch_size must be at least 1, got {max_batch_size}")
         self.max_batch_size = max_batch_size
-        self._model: nn.Module | None = None
+        self._model: PreTrainedModel | None = None
 
-    def load_weights(self, model: nn.Module) -> None:
+    def load_weights(self, model: PreTrainedModel) -> None:
         """Keep a reference to ``model``; its later updates show by themselves."""
         self._model = model
 
@@ -100,7 +100,7 @@ def _shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def _prefill(
-    model: nn.Module, prompts: Sequence[Sequence[int]], repeats: Sequence[int]
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], repeats: Sequence[int]
 ) -> tuple[Tensor, DynamicCache, Tensor]:
     """Read the prompts and copy their state to every completion.
 
@@ -142,7 +142,7 @@ def _prefill(
 
 
 def _decode(
-    model: nn.Module,
+    model: PreTrainedModel,
     rows: Sequence[_Row],
     logits: Tensor,
     cache: DynamicCache,

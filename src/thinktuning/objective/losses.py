@@ -74,7 +74,7 @@ class Mean(NamedTuple):
     """A mean in the making: add up over micro-batches and ranks, then divide."""
 
     total: Tensor | float
-    count: Tensor | float
+    weight: Tensor | float
 
 
 class LossOutput(NamedTuple):

@@ -54,7 +54,7 @@ def inject(
         injected_ids = injected_ids[: max_new_tokens - len(own_ids)]
         if overlong == "unguided" or not injected_ids:
             return _unguided(rollout, "too_long")
-        text = tokenizer.decode(injected_ids)
+        text = str(tokenizer.decode(injected_ids))
     return replace(
         rollout,
         completion_ids=(*own_ids, *injected_ids),

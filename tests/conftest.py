@@ -1,0 +1,68 @@
+"""A student that can already do its task, shared by the tests that train."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny
+
+from thinktuning.data import render_prompt
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen one-digit sums as a JSONL file in GSM8K's form."""
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = [
+        {
+            "question": f"{a} plus {b}?",
+            "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>{a + b}\n#### {a + b}",
+        }
+        for a in range(4)
+        for b in range(4)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+SYSTEM, INSTRUCTION = "Add.", "Box it."
+
+
+def prompt_ids(text, question: str) -> list[int]:
+    user = {"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}
+    return render_prompt(text, [{"role": "system", "content": SYSTEM}, user])
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory: pytest.TempPathFactory, questions: Path):
+    """A function that makes a folder with a student of a family and a kind of tokenizer.
+
+    It answers ``It is \\boxed{n}.`` in the right form and with some uncertainty about n.
+    """
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(family: str = "llama", kind: str = "own_pad") -> Path:
+        if (family, kind) not in made:
+            folder = tmp_path_factory.mktemp("student") / f"{family}-{kind}"
+            tiny.save(folder, family, kind)
+            text = tiny.tokenizer(kind)
+            pairs = []
+            for line in questions.read_text().splitlines():
+                row = json.loads(line)
+                gold = int(row["answer"].split()[-1])
+                prompt = prompt_ids(text, row["question"])
+                # Right half of the time; now and then it goes on after its answer.
+                for shown, more in ((gold, ""), ((gold + 1) % 7, ""), (gold, "\n\nThat is all.")):
+                    answer = text.encode(
+                        f"It is \\boxed{{{shown}}}.{more}", add_special_tokens=False
+                    )
+                    pairs.append((prompt, [*answer, text.eos_token_id]))
+            tiny.train_on(folder, pairs, steps=120)
+            made[family, kind] = folder
+        return made[family, kind]
+
+    return make

@@ -1,0 +1,71 @@
+"""Starting runs and reading what they left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from thinktuning.callbacks import RolloutCallback
+
+
+def fit_arguments(student: Path, questions: Path, root: Path, *more: str) -> list[str]:
+    """A short run of a tiny student with a scripted teacher."""
+    return [
+        "fit",
+        "--seed_everything=3",
+        f"--model.pretrained={student}",
+        "--model.group_size=4",
+        "--model.max_new_tokens=64",
+        "--model.optimizer=torch.optim.AdamW",
+        "--model.optimizer.lr=1e-3",
+        f"--data.source={questions}",
+        "--data.val_size=4",
+        "--data.batch_size=4",
+        "--data.system_message=Add.",
+        "--data.instruction=Box it.",
+        "--guidance.gamma.start=0.5",
+        "--guidance.teacher=scripted.ScriptedTeacher",
+        "--guidance.max_new_tokens=64",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_steps=3",
+        f"--trainer.default_root_dir={root}",
+        "--checkpoint.every_n_train_steps=1",
+        *more,
+    ]
+
+
+def scalars(run: Path) -> dict[str, list[float]]:
+    """TensorBoard's scalars by tag, in the order of their steps."""
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def audit(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
+
+
+def checkpoint(root: Path, version: int = 0) -> dict[str, Any]:
+    path = root / f"version_{version}" / "checkpoints" / "last.ckpt"
+    return torch.load(path, weights_only=True)
+
+
+class ShoutingStage(RolloutCallback):
+    """A user's own stage."""
+
+    stage = "shouting"
+
+
+class UnguidedPhrases(Callback):
+    """Logs the share of unguided rollouts that have a phrase."""
+
+    def __init__(self, phrase: str) -> None:
+        self.phrase = phrase
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        unguided = [r for r in outputs["rollouts"].rollouts if not r.guided]
+        share = sum(self.phrase in r.text for r in unguided) / max(len(unguided), 1)
+        pl_module.log("unguided_phrases", share, batch_size=1)

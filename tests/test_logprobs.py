@@ -1,0 +1,265 @@
+"""Logprobs and entropies against the naive way, and the models they come from."""
+
+from dataclasses import replace
+
+import naive
+import pytest
+import tiny
+import torch
+from naive import FAMILIES, ids
+from transformers import GenerationConfig, PreTrainedModel
+
+from thinktuning.errors import InputError
+from thinktuning.policy import completion_logprobs, end_of_turn_ids, load_model, load_tokenizer
+from thinktuning.types import PolicyInputs
+
+# Prompt and completion lengths of four rollouts.
+LENGTHS = [(5, 7), (1, 3), (9, 1), (4, 7)]
+ROWS = [(ids(p, seed=10 + i), ids(c, seed=20 + i)) for i, (p, c) in enumerate(LENGTHS)]
+
+
+def inputs_of(rows, left: int = 0, right: int = 0, filler: int = 0) -> PolicyInputs:
+    """Padded inputs; ``left`` and ``right`` columns more than needed, ``filler`` under all of it.
+
+    A negative filler puts another id under every padded place.
+    """
+    prompt_width = max(len(p) for p, _ in rows) + left
+    width = max(len(c) for _, c in rows) + right
+    shape = (len(rows), prompt_width + width)
+    if filler < 0:
+        input_ids = torch.tensor(ids(shape[0] * shape[1], seed=-filler)).view(shape)
+    else:
+        input_ids = torch.full(shape, filler)
+    attention_mask = torch.zeros(shape, dtype=torch.bool)
+    for i, (prompt, completion) in enumerate(rows):
+        columns = slice(prompt_width - len(prompt), prompt_width + len(completion))
+        input_ids[i, columns] = torch.tensor([*prompt, *completion])
+        attention_mask[i, columns] = True
+    mask = attention_mask[:, prompt_width:]
+    return PolicyInputs(
+        input_ids, attention_mask, mask, torch.zeros_like(mask), torch.zeros(len(rows))
+    )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def net(request) -> PreTrainedModel:
+    return naive.in_float64(naive.decided_model(request.param))
+
+
+def token_factors(row: int) -> torch.Tensor:
+    """Fixed factors of a row's tokens; their sum has every token in its gradient."""
+    return torch.arange(1, len(ROWS[row][1]) + 1) * (row + 1.0) / 10
+
+
+def scored(net, chosen, **padding) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Logprobs of each chosen row without its padding, and the gradients of a sum over them."""
+    scores = completion_logprobs(net, inputs_of([ROWS[i] for i in chosen], **padding))
+    rows = [scores.logprobs[k, : len(ROWS[i][1])] for k, i in enumerate(chosen)]
+    sum((token_factors(i) * row).sum() for i, row in zip(chosen, rows, strict=True)).backward()
+    return [row.detach() for row in rows], naive.gradients(net)
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    # Scoring is float32 whatever the model is; relative to the largest gradient of all.
+    assert found.keys() == expected.keys()
+    scale = max(float(g.abs().max()) for g in expected.values())
+    assert scale > 0.1
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=2e-6 * scale)
+
+
+# ---------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+def test_logprobs_and_entropies_are_those_of_single_unpadded_rows(net, temperature):
+    inputs = inputs_of(ROWS)
+    scores = completion_logprobs(net, inputs, temperature)
+    assert scores.logprobs.shape == scores.entropy.shape == inputs.completion_mask.shape
+    assert scores.logprobs.dtype == scores.entropy.dtype == torch.float32
+    for i, (prompt, completion) in enumerate(ROWS):
+        with torch.no_grad():
+            every = naive.token_distributions(net, prompt, completion, temperature)
+        logprobs = every[torch.arange(len(completion)), torch.tensor(completion)]
+        entropy = -(every.exp() * every).sum(dim=1)
+        n = len(completion)
+        assert scores.logprobs[i, :n].tolist() == pytest.approx(logprobs.tolist(), abs=5e-6)
+        assert scores.entropy[i, :n].tolist() == pytest.approx(entropy.tolist(), abs=5e-6)
+
+
+def test_gradients_are_those_of_single_unpadded_rows(net):
+    for i, (prompt, completion) in enumerate(ROWS):
+        (token_factors(i) * naive.token_logprobs(net, prompt, completion)).sum().backward()
+    expected = naive.gradients(net)
+    assert_close(scored(net, range(len(ROWS)))[1], expected)
+
+
+def test_what_is_outside_the_mask_is_zero_and_without_gradient(net):
+    inputs = inputs_of(ROWS, right=2)
+    # Real tokens may stay out of the loss too.
+    mask = inputs.completion_mask.clone()
+    mask[0, 2] = mask[3, 0] = False
+    whole = completion_logprobs(net, inputs)
+    part = completion_logprobs(net, replace(inputs, completion_mask=mask))
+    for found, full in zip(part, whole, strict=True):
+        assert (found[~mask] == 0).all()
+        assert torch.equal(found[mask], full[mask])
+        assert (found[mask] != 0).all()
+    part.logprobs[~mask].sum().backward()
+    assert all(not g.any() for g in naive.gradients(net).values())
+
+
+def test_an_impossible_token_spoils_neither_entropy_nor_the_other_logprobs():
+    net = naive.decided_model("gpt2", vocab_size=48)
+    net.lm_head = torch.nn.Linear(48, 48)
+    with torch.no_grad():
+        net.lm_head.weight.zero_()
+        net.lm_head.bias.fill_(float("-inf"))
+        net.lm_head.bias[[4, 9]] = 0.0
+    scores = completion_logprobs(net, inputs_of([([1, 2], [4, 5, 9])]))
+    half = torch.log(torch.tensor(0.5)).item()
+    assert scores.logprobs[0].tolist() == pytest.approx([half, float("-inf"), half])
+    assert scores.entropy[0].tolist() == pytest.approx([-half] * 3)
+
+
+def test_entropy_has_no_gradient_and_without_grad_mode_neither_have_logprobs(net):
+    inputs = inputs_of(ROWS)
+    scores = completion_logprobs(net, inputs)
+    assert scores.logprobs.requires_grad
+    assert not scores.entropy.requires_grad
+    with torch.no_grad():
+        frozen = completion_logprobs(net, inputs)
+    assert not frozen.logprobs.requires_grad
+    assert torch.equal(frozen.logprobs, scores.logprobs)
+
+
+def test_half_precision_logits_are_scored_in_float32():
+    net = naive.decided_model("llama").to(torch.bfloat16)
+    scores = completion_logprobs(net, inputs_of(ROWS[:1]))
+    row = torch.tensor([[*ROWS[0][0], *ROWS[0][1]]])
+    logits = net(input_ids=row, use_cache=False).logits[0, len(ROWS[0][0]) - 1 : -1]
+    exact = torch.log_softmax(logits.double(), dim=-1)
+    expected = exact[torch.arange(7), torch.tensor(ROWS[0][1])]
+    assert scores.logprobs[0].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+# ---------------------------------------------------------------- padding and neighbours
+
+
+@pytest.mark.parametrize(
+    "padding",
+    [
+        {"left": 3},
+        {"right": 4},
+        {"left": 2, "right": 1, "filler": 17},
+        {"left": 1, "right": 3, "filler": -1},
+        {"left": 1, "right": 3, "filler": -2},
+    ],
+    ids=str,
+)
+def test_padding_changes_neither_values_nor_gradients(net, padding):
+    every = range(len(ROWS))
+    expected, expected_gradients = scored(net, every)
+    found, found_gradients = scored(net, every, **padding)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-6)
+    assert_close(found_gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("parts", [[[0], [1], [2], [3]], [[3, 1], [0, 2]], [[2, 3, 1], [0]]])
+def test_neighbours_change_neither_values_nor_gradients(net, parts):
+    expected, expected_gradients = scored(net, range(len(ROWS)))
+    total: dict[str, torch.Tensor] = {}
+    for part in parts:
+        values, gradients = scored(net, part)
+        for i, value in zip(part, values, strict=True):
+            torch.testing.assert_close(value, expected[i], rtol=0, atol=5e-6)
+        total = {name: total.get(name, 0) + g for name, g in gradients.items()}
+    assert_close(total, expected_gradients)
+
+
+# ---------------------------------------------------------------- end of turn
+
+
+def test_every_id_that_ends_a_turn_is_found():
+    text = tiny.tokenizer("own_pad")
+    own = text.eos_token_id
+    assert end_of_turn_ids(text, GenerationConfig(eos_token_id=own + 5)) == (own, own + 5)
+    assert end_of_turn_ids(text, GenerationConfig(eos_token_id=[own + 5, 0])) == (0, own, own + 5)
+    assert end_of_turn_ids(text, GenerationConfig(eos_token_id=[own])) == (own,)
+    assert end_of_turn_ids(text, GenerationConfig(eos_token_id=None)) == (own,)
+    assert end_of_turn_ids(text, None) == (own,)
+
+
+def test_the_generation_config_alone_may_name_the_end_of_turn():
+    text = tiny.tokenizer("no_template")
+    text.eos_token = None
+    assert end_of_turn_ids(text, GenerationConfig(eos_token_id=3)) == (3,)
+    assert end_of_turn_ids(text, GenerationConfig(eos_token_id=[9, 3])) == (3, 9)
+    assert end_of_turn_ids(text, GenerationConfig(eos_token_id=0)) == (0,), "0 is an id"
+
+
+@pytest.mark.parametrize("config", [None, GenerationConfig(), GenerationConfig(eos_token_id=[])])
+def test_a_model_without_end_of_turn_is_refused_with_what_to_set(config):
+    text = tiny.tokenizer("no_template")
+    text.eos_token = None
+    with pytest.raises(InputError, match=r"eos_token in tokenizer_config\.json"):
+        end_of_turn_ids(text, config)
+
+
+# ---------------------------------------------------------------- loading
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("model") / "tiny", "gpt2", "pad_is_eos")
+
+
+def test_a_folder_is_loaded_as_it_was_saved(folder):
+    loaded = load_model(str(folder))
+    saved = tiny.model("gpt2", len(tiny.tokenizer("pad_is_eos")), 1).state_dict()
+    assert loaded.dtype == torch.float32
+    assert {n: w.shape for n, w in loaded.state_dict().items()} == {
+        n: w.shape for n, w in saved.items()
+    }
+    assert all(torch.equal(w, saved[n]) for n, w in loaded.state_dict().items())
+    text = load_tokenizer(str(folder))
+    assert text.encode("3 plus 4") == tiny.tokenizer("pad_is_eos").encode("3 plus 4")
+    assert text.chat_template == tiny.CHAT_TEMPLATE
+
+
+def test_dtype_and_attention_are_those_asked_for(folder):
+    loaded = load_model(str(folder), dtype=torch.bfloat16, attention="eager")
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.config._attn_implementation == "eager"
+    assert load_model(str(folder)).config._attn_implementation == "sdpa"
+
+
+def test_a_loaded_model_has_no_dropout(folder):
+    loaded = load_model(str(folder))
+    assert loaded.config.attn_pdrop > 0, "gpt2 would drop in training mode"
+    inputs = inputs_of(ROWS)
+    first, second = (completion_logprobs(loaded, inputs).logprobs for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_missing_folder_is_refused_with_what_was_expected(load, tmp_path):
+    missing = str(tmp_path / "nowhere")
+    with pytest.raises(InputError) as refusal:
+        load(missing)
+    for part in (missing, "folder with config.json, weights and tokenizer files", "'embedded'"):
+        assert part in str(refusal.value)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    tiny.model("llama", 48, 0).save_pretrained(tmp_path)
+    load_model(str(tmp_path))
+    with pytest.raises(InputError, match="cannot load the tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_folder_without_weights_is_refused(folder, tmp_path):
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(InputError, match="cannot load the model"):
+        load_model(str(tmp_path))

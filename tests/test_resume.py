@@ -1,0 +1,99 @@
+"""Kill -9 at any moment, resume, and nothing differs from the run that was left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from running import audit, fit_arguments
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+HERE = Path(__file__).parent
+
+
+def command(student, questions, root: Path, *more: str) -> list[str]:
+    arguments = fit_arguments(
+        student,
+        questions,
+        root,
+        f"--trainer.max_steps={STEPS}",
+        "--model.num_mini_batches=2",
+        "--model.warmup_steps=3",
+        "--guidance.gamma.kind=linear",
+        "--guidance.gamma.end=0.25",
+        "--checkpoint.every_n_train_steps=2",
+        "--trainer.callbacks+=tracing.Trace",
+        *more,
+    )
+    return [sys.executable, "-m", "thinktuning.cli", *arguments]
+
+
+def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        arguments,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def trace(root: Path) -> dict[int, dict]:
+    """What every step saw and made; a step that was done twice counts as it was done last."""
+    lines = (root / "version_0" / "trace.jsonl").read_text().splitlines()
+    return {row["step"]: row for row in map(json.loads, lines)}
+
+
+def weights(root: Path) -> dict[str, torch.Tensor]:
+    path = root / "version_0" / "checkpoints" / "last.ckpt"
+    saved = torch.load(path, weights_only=True)
+    assert saved["global_step"] == STEPS
+    return saved["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def left_alone(student, questions, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("left-alone")
+    done = run(command(student(), questions, root))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root
+
+
+# Steps count from 0 and checkpoints follow steps 1, 3 and 5, so each kill loses work.
+@pytest.mark.parametrize("moment", ["rollout:2", "update:3", "checkpoint:3", "guidance:4"])
+def test_a_killed_run_resumes_bit_for_bit(student, questions, tmp_path, left_alone, moment):
+    killed = run(command(student(), questions, tmp_path), KILL_AT=moment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert len(trace(tmp_path)) < STEPS
+
+    resumed = run(command(student(), questions, tmp_path, "--ckpt_path=last"))
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert trace(tmp_path) == trace(left_alone)
+    assert audit(tmp_path / "version_0") == audit(left_alone / "version_0")
+    expected, found = weights(left_alone), weights(tmp_path)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_run_resumed_with_more_steps_equals_one_planned_so(
+    student, questions, tmp_path, left_alone
+):
+    constant = ("--guidance.gamma.kind=constant",)
+    short, whole = tmp_path / "short", tmp_path / "whole"
+    for root, more in ((short, "--trainer.max_steps=3"), (whole, f"--trainer.max_steps={STEPS}")):
+        done = run(command(student(), questions, root, *constant, more))
+        assert done.returncode == 0, done.stderr[-3000:]
+    done = run(command(student(), questions, short, *constant, "--ckpt_path=last"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert trace(short).keys() == trace(whole).keys()
+    # Guidance was planned for three steps, and stays so: only the steps before are comparable.
+    for step in range(3):
+        assert trace(short)[step] == trace(whole)[step]
+    assert "gamma's schedule goes on as it began" in done.stderr
