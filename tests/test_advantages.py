@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinktuning.errors import InputError
@@ -92,6 +92,7 @@ quarters = st.integers(-40, 40).map(lambda n: n / 4)
 groups_of_rewards = st.lists(quarters, min_size=2, max_size=12)
 
 
+@settings(deadline=None)  # the first call imports half of torch
 @given(groups_of_rewards, quarters, st.sampled_from(["std", "none"]))
 def test_centred_ordered_and_blind_to_a_shift(rewards, shift, scale):
     advantages = advantages_of([rewards], scale=scale)[0]
@@ -108,6 +109,7 @@ def test_centred_ordered_and_blind_to_a_shift(rewards, shift, scale):
     torch.testing.assert_close(shifted, advantages, rtol=1e-9, atol=1e-9)
 
 
+@settings(deadline=None)
 @given(groups_of_rewards.filter(lambda rewards: len(set(rewards)) > 1))
 def test_scaled_advantages_have_unit_spread(rewards):
     advantages = advantages_of([rewards])[0]

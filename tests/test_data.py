@@ -230,7 +230,7 @@ CHAT = [
 ]
 RENDERED = "<|start|>system\nAdd.<|end|><|start|>user\n3 plus 4?<|end|><|start|>assistant\n"
 REFUSING = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     + tiny.CHAT_TEMPLATE
 )
 
@@ -286,7 +286,7 @@ def test_a_template_without_a_system_role_gets_it_in_the_first_user_message():
     text = tiny.tokenizer("own_pad")
     text.chat_template = REFUSING
     more = [{"role": "assistant", "content": "7"}, {"role": "user", "content": "Sure?"}]
-    with pytest.warns(UserWarning, match="no system role here"):
+    with pytest.warns(UserWarning, match="no system role"):
         ids = render_prompt(text, CHAT + more)
     assert text.decode(ids) == (
         "<|bos|><|start|>user\nAdd.\n\n3 plus 4?<|end|><|start|>assistant\n7<|end|>"
@@ -444,9 +444,7 @@ def test_validation_rows_are_never_trained_on(folder, source):
     data = data_module(folder, source)
     assert rows(data.train_prompts) == list(range(7))
     assert rows(data.val_prompts) == [7, 8, 9]
-    assert {p.question for p in data.train_prompts}.isdisjoint(
-        p.question for p in data.val_prompts
-    )
+    assert {p.question for p in data.train_prompts}.isdisjoint(p.question for p in data.val_prompts)
     trained = list(chain(*map(rows, data.train_dataloader())))
     assert len(trained) == 6 and set(trained) < set(range(7))
     assert list(map(rows, data.val_dataloader())) == [[7, 8, 9]]
@@ -538,9 +536,7 @@ def test_validation_that_would_take_every_question_is_refused(folder, source):
 
 def test_settings_out_of_range_are_told_together():
     with pytest.raises(InputError) as error:
-        GSM8KDataModule(
-            "unused", batch_size=0, val_batch_size=0, val_size=-1, max_prompt_tokens=0
-        )
+        GSM8KDataModule("unused", batch_size=0, val_batch_size=0, val_size=-1, max_prompt_tokens=0)
     for name in ("batch_size", "val_batch_size", "val_size", "max_prompt_tokens"):
         assert f"{name} must be at least" in str(error.value)
 

@@ -303,17 +303,33 @@ def test_pairs_of_tokens_are_drawn_as_often_as_the_chain_rule_says():
     assert chi_square(counts, joint) < 4
 
 
-def test_a_token_without_probability_is_never_drawn():
+@pytest.fixture
+def two_tokens() -> PreTrainedModel:
+    """A model that gives ids 4 and 9 one half each, whatever stands before."""
     net = naive.decided_model("gpt2", vocab_size=16)
     net.lm_head = torch.nn.Linear(48, 16)
     with torch.no_grad():
         net.lm_head.weight.zero_()
         net.lm_head.bias.fill_(-1e9)
         net.lm_head.bias[[4, 9]] = 0.0
-    (group,) = sample(net, [[1, 2]], [list(range(500))], SamplingParams(1, ()))
+    return net
+
+
+def test_a_token_without_probability_is_never_drawn(two_tokens):
+    (group,) = sample(two_tokens, [[1, 2]], [list(range(500))], SamplingParams(1, ()))
     drawn = [c.token_ids[0] for c in group]
     assert set(drawn) == {4, 9}
     assert 190 < drawn.count(4) < 310
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 4), (0.5, 9), (1 - 2**-53, 9)])
+def test_the_ends_of_the_unit_interval_draw_possible_tokens(
+    two_tokens, monkeypatch, uniform, token
+):
+    monkeypatch.setattr(
+        torch, "rand", lambda n, **_: torch.full((n,), uniform, dtype=torch.float64)
+    )
+    assert alone(two_tokens, [1, 2], 0, SamplingParams(2, ())).token_ids == (token, token)
 
 
 # ---------------------------------------------------------------- shared beginnings
@@ -335,7 +351,7 @@ def test_a_shared_beginning_changes_nothing_and_is_read_once(net):
 
 
 def test_one_prompt_may_be_the_beginning_of_the_others(net):
-    prompts = [PREFIX, PREFIX + [7], PREFIX + [7, 8, 9], PREFIX]
+    prompts = [PREFIX, [*PREFIX, 7], [*PREFIX, 7, 8, 9], PREFIX]
     greedy = SamplingParams(LIMIT, (), temperature=0.0)
     together = sample(net, prompts, [[0]] * 4, greedy)
     for prompt, (completion,) in zip(prompts, together, strict=True):
@@ -343,9 +359,7 @@ def test_one_prompt_may_be_the_beginning_of_the_others(net):
 
 
 def test_a_prompt_is_read_once_for_its_whole_group(net):
-    shapes = forwards(
-        net, lambda: sample(net, [PREFIX], [list(range(6))], SamplingParams(3, ()))
-    )
+    shapes = forwards(net, lambda: sample(net, [PREFIX], [list(range(6))], SamplingParams(3, ())))
     assert [tuple(s) for s in shapes] == [(1, 40), (6, 1), (6, 1)]
 
 

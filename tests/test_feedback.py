@@ -77,7 +77,8 @@ def test_an_empty_part_is_refused(name, content):
 
 
 @pytest.mark.parametrize(
-    "opinion", ["Correct", "CORRECT", "right", "correct.", "in correct", "correct or incorrect", "1"]
+    "opinion",
+    ["Correct", "CORRECT", "right", "correct.", "in correct", "correct or incorrect", "1"],
 )
 def test_only_the_two_opinions_are_accepted(opinion):
     assert parse_feedback(format_feedback(Feedback(opinion, "a", "b"))) is None

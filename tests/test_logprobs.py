@@ -1,5 +1,6 @@
 """Logprobs and entropies against the naive way, and the models they come from."""
 
+import shutil
 from dataclasses import replace
 
 import naive
@@ -7,6 +8,7 @@ import pytest
 import tiny
 import torch
 from naive import FAMILIES, ids
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
 
 from thinktuning.errors import InputError
@@ -252,14 +254,44 @@ def test_a_missing_folder_is_refused_with_what_was_expected(load, tmp_path):
         assert part in str(refusal.value)
 
 
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    tiny.model("llama", 48, 0).save_pretrained(tmp_path)
+SILENT = pytest.mark.xfail(strict=True, reason="bug: an empty tokenizer is made up")
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", pytest.param("qwen2", marks=SILENT), pytest.param("gpt2", marks=SILENT)]
+)
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, family):
+    tiny.model(family, 48, 0).save_pretrained(tmp_path)
     load_model(str(tmp_path))
     with pytest.raises(InputError, match="cannot load the tokenizer"):
         load_tokenizer(str(tmp_path))
 
 
 def test_a_folder_without_weights_is_refused(folder, tmp_path):
-    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    shutil.copy(folder / "config.json", tmp_path)
     with pytest.raises(InputError, match="cannot load the model"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.xfail(strict=True, reason="bug: no InputError, or none at all")
+@pytest.mark.parametrize("fault", ["empty folder", "no model_type", "cut", "missing", "shape"])
+def test_a_folder_with_something_wrong_in_it_is_refused(folder, tmp_path, fault):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    file = broken / "model.safetensors"
+    weights = load_file(file)
+    if fault == "empty folder":
+        shutil.rmtree(broken)
+        broken.mkdir()
+    elif fault == "no model_type":
+        (broken / "config.json").write_text("{}")
+    elif fault == "cut":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif fault == "missing":
+        weights.pop("transformer.h.1.mlp.c_fc.weight")
+        save_file(weights, file, metadata={"format": "pt"})
+    else:
+        weights["transformer.h.1.mlp.c_fc.weight"] = torch.zeros(3, 3)
+        save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="cannot load the model"):
+        load_model(str(broken))

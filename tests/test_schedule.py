@@ -5,7 +5,7 @@ import math
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from thinktuning.engines.seeding import derive_seed
@@ -134,6 +134,7 @@ def test_the_guided_rollouts_of_a_group_are_counted(gamma, group_size, count):
 
 
 @given(st.integers(1, 100), st.integers(2, 1000))
+@example(29, 100)
 def test_percentages_are_counted_as_on_paper(percent, group_size):
     # 0.29 * 100 is 28.999999999999996 in binary.
     assert guided_count(percent / 100, group_size) == max(1, percent * group_size // 100)

@@ -33,20 +33,22 @@ _DESCRIPTION = """ThinkTuning: teach a language model behaviors that it never sa
 `thinktuning fit --config FILE` trains; `thinktuning SUBCOMMAND --help` is the manual;
 `thinktuning export --ckpt_path FILE --output DIR` writes a Hugging Face folder."""
 
+_USAGE = "thinktuning {fit,validate,test} [-c FILE]... [--SECTION.OPTION VALUE]..."
+
 
 class _Parser(LightningArgumentParser):
     """Says what is wrong in a few lines, without the usage of some two hundred options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        sys.exit(f"error: {message}\nEvery option: {self.prog} --help")
+        sys.exit(f"error: {message}\nEvery option: thinktuning fit --help")
 
 
 class ThinkTuningCLI(LightningCLI):
     """Wires model, data, engine, guidance, injection and trainer together."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser with short errors."""
-        parser = _Parser(**kwargs)
+        """A parser with short errors and a short usage line."""
+        parser = _Parser(usage=_USAGE, **kwargs)
         parser.add_argument(
             "-c", "--config", action=jsonargparse.ActionConfigFile, help="A YAML file; repeatable."
         )

@@ -141,6 +141,14 @@ class ThinkTuningModule(LightningModule):
             self.reference = load_model(self.pretrained, attention=self.attention)
             self.reference.requires_grad_(False)
 
+    def on_fit_start(self) -> None:
+        """Refuse what manual optimization can't do right."""
+        if self.trainer.precision == "16-mixed":
+            raise InputError(
+                "trainer.precision 16-mixed scales the loss, which clipping here doesn't undo; "
+                "use bf16-mixed or 32-true"
+            )
+
     def _fitting(self) -> bool:
         return self.trainer.state.fn == "fit"
 
@@ -269,10 +277,12 @@ class ThinkTuningModule(LightningModule):
         size = inputs.input_ids.shape[0] // self.num_mini_batches
         for number, mini in enumerate(split(inputs, size), start=1):
             optimizer.zero_grad()
-            for micro in split(self._with_token_weights(mini), self.micro_batch_size):
+            weighted = self._without_idle_rows(self._with_token_weights(mini))
+            for micro in split(weighted, self.micro_batch_size):
                 means, micro_max = self._backward(trim(micro))
                 _add(total, means)
                 weight_max = torch.maximum(weight_max, micro_max)
+            self._fill_missing_gradients()
             norm = self._clip_gradients()
             finite = bool(norm.isfinite())
             if not finite:
@@ -307,6 +317,19 @@ class ThinkTuningModule(LightningModule):
         )
         # DDP and FSDP average gradients over ranks, but each rank's loss is a part of a sum.
         return replace(mini, token_weights=weights * self.trainer.world_size)
+
+    def _without_idle_rows(self, mini: PolicyInputs) -> PolicyInputs:
+        """Leave out rollouts whose gradient is zero; the weights of the others stay."""
+        # On several ranks all must run the same number of backward passes, which synchronise.
+        if self.objective.kl_coef > 0 or self.trainer.world_size > 1:
+            return mini
+        return mini.rows(mini.advantages != 0)
+
+    def _fill_missing_gradients(self) -> None:
+        """A step without any gradient is one of gradient zero: momentum and weight decay go on."""
+        for parameter in self.policy.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _backward(self, micro: PolicyInputs) -> tuple[dict[str, Mean], Tensor]:
         scores = completion_logprobs(self.policy, micro, self.temperature)

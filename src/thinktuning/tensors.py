@@ -58,7 +58,7 @@ def policy_inputs(batch: RolloutBatch, device: torch.device) -> PolicyInputs:
 def split(inputs: PolicyInputs, size: int) -> Iterator[PolicyInputs]:
     """Cut into runs of ``size`` rollouts; the last run may be shorter."""
     for start in range(0, inputs.input_ids.shape[0], size):
-        yield inputs.rows(start, start + size)
+        yield inputs.rows(slice(start, start + size))
 
 
 def trim(inputs: PolicyInputs) -> PolicyInputs:

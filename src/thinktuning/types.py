@@ -172,7 +172,7 @@ class PolicyInputs:
     ref_logprobs: Tensor | None = None
     token_weights: Tensor | None = None
 
-    def rows(self, start: int, stop: int) -> "PolicyInputs":
-        """The inputs of rollouts ``start`` to ``stop`` - 1, views of the same memory."""
+    def rows(self, chosen: slice | Tensor) -> "PolicyInputs":
+        """The inputs of some rollouts: a slice, or a bool mask [B]."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: t[start:stop] for k, t in tensors.items() if t is not None})
+        return replace(self, **{k: t[chosen] for k, t in tensors.items() if t is not None})

@@ -1,7 +1,7 @@
 """The loss: PPO-clip on the student's own tokens, a shaping weight on guidance tokens."""
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -50,16 +50,20 @@ class ObjectiveConfig:
     mask_below: float = 0.01
 
     def __post_init__(self) -> None:
-        faults = []
+        faults = [
+            f"{f.name} must be one of {', '.join(get_args(f.type))}, got {getattr(self, f.name)!r}"
+            for f in fields(self)
+            if get_origin(f.type) is Literal and getattr(self, f.name) not in get_args(f.type)
+        ]
         if not 0 < self.clip_eps < 1:
             faults.append(f"clip_eps must be between 0 and 1, got {self.clip_eps}")
-        if self.clip_eps_high is not None and self.clip_eps_high <= 0:
+        if self.clip_eps_high is not None and not self.clip_eps_high > 0:
             faults.append(f"clip_eps_high must be positive or null, got {self.clip_eps_high}")
-        if self.dual_clip is not None and self.dual_clip <= 1:
+        if self.dual_clip is not None and not self.dual_clip > 1:
             faults.append(f"dual_clip must be above 1 or null, got {self.dual_clip}")
-        if self.kl_coef < 0:
+        if not self.kl_coef >= 0:
             faults.append(f"kl_coef must not be negative, got {self.kl_coef}")
-        if self.advantage_bound <= 0:
+        if not self.advantage_bound > 0:
             faults.append(f"advantage_bound must be positive, got {self.advantage_bound}")
         if not 0 < self.c_max < self.mask_below < 1:
             faults.append(
@@ -144,8 +148,10 @@ def policy_loss(inputs: PolicyInputs, config: ObjectiveConfig) -> LossOutput:
         Schulman et al. 2017, arXiv 1707.06347 (clip); Ye et al. 2020, arXiv 1912.09729 (dual clip);
         RRV et al. 2025, arXiv 2508.07616 (AAS); joschu.net/blog/kl-approx.html (k3).
     """
-    logprobs, mask = inputs.logprobs, inputs.completion_mask
-    assert logprobs is not None, "logprobs must be set before the loss"
+    mask = inputs.completion_mask
+    assert inputs.logprobs is not None, "logprobs must be set before the loss"
+    # What stands outside the mask may be inf or NaN, and a product would pass it on.
+    logprobs = torch.where(mask, inputs.logprobs, 0.0)
     advantages = inputs.advantages[:, None]
     weights = inputs.token_weights
     if weights is None:
@@ -153,7 +159,7 @@ def policy_loss(inputs: PolicyInputs, config: ObjectiveConfig) -> LossOutput:
 
     shaped = _shaped_mask(inputs, config)
     own = mask & ~shaped
-    clipped_loss, clipped = _clipped_loss(inputs, own, config)
+    clipped_loss, clipped = _clipped_loss(inputs, logprobs, own, config)
     shaping_weight = _shaping_weight(logprobs, advantages, config)
     token_loss = torch.where(shaped, -shaping_weight * advantages, clipped_loss)
 
@@ -170,7 +176,6 @@ def policy_loss(inputs: PolicyInputs, config: ObjectiveConfig) -> LossOutput:
         token_loss = token_loss + config.kl_coef * kl
         metrics["kl"] = _masked_mean(kl.detach(), mask)
 
-    # where, not a product: what stands outside the mask may be inf or NaN.
     loss = torch.where(mask, token_loss, 0.0).mul(weights).sum()
     weight_max = detached_weight.masked_fill(~shaped, 0.0).max()
     return LossOutput(loss, metrics, weight_max)
@@ -182,7 +187,7 @@ def _shaped_mask(inputs: PolicyInputs, config: ObjectiveConfig) -> Tensor:
         return torch.zeros_like(inputs.injected_mask)
     if config.scope == "trajectory":
         return inputs.completion_mask & inputs.injected_mask.any(dim=1, keepdim=True)
-    return inputs.injected_mask
+    return inputs.completion_mask & inputs.injected_mask
 
 
 def _shaping_weight(logprobs: Tensor, advantages: Tensor, config: ObjectiveConfig) -> Tensor:
@@ -196,11 +201,10 @@ def _shaping_weight(logprobs: Tensor, advantages: Tensor, config: ObjectiveConfi
 
 
 def _clipped_loss(
-    inputs: PolicyInputs, own: Tensor, config: ObjectiveConfig
+    inputs: PolicyInputs, logprobs: Tensor, own: Tensor, config: ObjectiveConfig
 ) -> tuple[Tensor, Tensor]:
     """PPO-clip of every token, and where its gradient is cut off: [B, T] each."""
-    logprobs, advantages = inputs.logprobs, inputs.advantages[:, None]
-    assert logprobs is not None
+    advantages = inputs.advantages[:, None]
     old = logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
     log_ratio = torch.where(own, logprobs - old, 0.0).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     ratio = log_ratio.exp()

@@ -1,0 +1,165 @@
+"""Checkpoint files are whole or not there, and reading one runs no code."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+from thinktuning.checkpointing import AtomicCheckpointIO
+from thinktuning.errors import InputError
+
+STATE = {
+    "state_dict": {"policy.weight": torch.arange(6.0).view(2, 3)},
+    "optimizer_states": [
+        {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]}
+    ],
+    "global_step": 7,
+    "callbacks": {"TeacherGuidance": {"planned_steps": None}},
+    "pretrained": "embedded",
+}
+
+
+def assert_is_state(found: dict) -> None:
+    weights, optimizer = found["state_dict"], found["optimizer_states"][0]
+    assert torch.equal(weights["policy.weight"], STATE["state_dict"]["policy.weight"])
+    assert optimizer["state"][0]["step"] == 3.0
+    assert optimizer["param_groups"] == [{"lr": 0.1}]
+    assert {k: found[k] for k in ("global_step", "callbacks", "pretrained")} == {
+        k: STATE[k] for k in ("global_step", "callbacks", "pretrained")
+    }
+
+
+@pytest.fixture
+def half_a_write(monkeypatch):
+    """A disk that is full after half of a checkpoint."""
+    whole_save = torch.save
+
+    def save(state, file, *args, **kwargs):
+        path = file if isinstance(file, (str, os.PathLike)) else file.name
+        whole_save(state, f"{path}.whole")
+        with open(f"{path}.whole", "rb") as source:
+            written = source.read()
+        os.remove(f"{path}.whole")
+        half = written[: len(written) // 2]
+        if hasattr(file, "write"):
+            file.write(half)
+            file.flush()
+        else:
+            with open(path, "wb") as target:
+                target.write(half)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+
+
+def test_what_was_saved_is_read_again(tmp_path):
+    path = tmp_path / "new" / "folder" / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(STATE, path)
+    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"], "nothing else stays"
+    assert_is_state(AtomicCheckpointIO().load_checkpoint(path))
+    assert_is_state(AtomicCheckpointIO().load_checkpoint(str(path)))
+
+
+def test_a_later_save_replaces_the_earlier_one(tmp_path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({**STATE, "global_step": 6}, path)
+    AtomicCheckpointIO().save_checkpoint(STATE, str(path))
+    assert_is_state(AtomicCheckpointIO().load_checkpoint(path))
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path, request):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(STATE, path)
+    before = path.read_bytes()
+    request.getfixturevalue("half_a_write")
+    with pytest.raises(OSError, match="No space left"):
+        AtomicCheckpointIO().save_checkpoint({**STATE, "global_step": 8}, path)
+    assert path.read_bytes() == before
+    assert_is_state(AtomicCheckpointIO().load_checkpoint(path))
+
+
+def test_a_failed_first_write_leaves_no_checkpoint(tmp_path, half_a_write):
+    path = tmp_path / "last.ckpt"
+    with pytest.raises(OSError, match="No space left"):
+        AtomicCheckpointIO().save_checkpoint(STATE, path)
+    assert not path.exists()
+
+
+def test_the_bytes_are_on_disk_before_the_file_gets_its_name(tmp_path, monkeypatch):
+    events = []
+    whole_sync, whole_replace = os.fsync, os.replace
+    path = tmp_path / "last.ckpt"
+
+    def sync(descriptor):
+        events.append(("sync", os.fstat(descriptor).st_size))
+        whole_sync(descriptor)
+
+    def rename(source, target):
+        events.append(("rename", os.stat(source).st_size))
+        assert os.path.dirname(source) == os.path.dirname(target), "the same file system"
+        whole_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", rename)
+    AtomicCheckpointIO().save_checkpoint(STATE, path)
+    size = path.stat().st_size
+    assert events[:2] == [("sync", size), ("rename", size)]
+
+
+class Payload:
+    """Pickled code: unpickling it makes a folder."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("weights_only", [None, False, True])
+def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_not_run(tmp_path, weights_only):
+    path, trace = tmp_path / "evil.ckpt", tmp_path / "ran"
+    torch.save({**STATE, "hyper_parameters": Payload(str(trace))}, path)
+    with pytest.raises(InputError, match=r"evil\.ckpt"):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=weights_only)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists(), "the payload works where it is let"
+
+
+def test_a_bare_pickle_is_refused_and_not_run(tmp_path):
+    path, trace = tmp_path / "evil.ckpt", tmp_path / "ran"
+    path.write_bytes(pickle.dumps({"state_dict": Payload(str(trace))}, protocol=2))
+    with pytest.raises(InputError):
+        AtomicCheckpointIO().load_checkpoint(path)
+    assert not trace.exists()
+
+
+KNOWN = pytest.mark.xfail(strict=True, raises=(IndexError, UnicodeDecodeError), reason="bug")
+
+
+@pytest.mark.parametrize("part", [pytest.param(0.0, marks=KNOWN), 0.01, 0.5, 0.99])
+def test_a_cut_off_file_is_refused_with_its_name(tmp_path, part):
+    path = tmp_path / "cut.ckpt"
+    AtomicCheckpointIO().save_checkpoint(STATE, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * part)])
+    with pytest.raises(InputError, match=r"cut\.ckpt.* is damaged"):
+        AtomicCheckpointIO().load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"<html>",
+        pytest.param(b"co:\xcf<\x1b\x86\xa3\xad\x1a\xe7L\t\xd0", marks=KNOWN),
+        pytest.param(b"\x86\x13\xe9\xca=\xce\xb1\xfd\x1a\n", marks=KNOWN),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused_with_its_name(tmp_path, content):
+    path = tmp_path / "other.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"other\.ckpt.* is damaged"):
+        AtomicCheckpointIO().load_checkpoint(path)
