@@ -88,7 +88,7 @@ def plot(series: Series, path: Path, title: str) -> None:
 def numbers(series: Series, rows: Sequence[Mapping[str, Any]]) -> str:
     """The record's figures as Markdown."""
     guided = [row for row in rows if row["after"] is not None]
-    asked = [row for row in rows if row["teacher"]]
+    asked = [row for row in rows if row["skipped"] != "prompt_too_long"]
     parsed = [row for row in asked if row["opinion"] is not None]
     right = [row["before"]["outcome"] == "correct" for row in guided]
     right_after = [row["after"]["outcome"] == "correct" for row in guided]
@@ -99,7 +99,7 @@ def numbers(series: Series, rows: Sequence[Mapping[str, Any]]) -> str:
         "| figure | value |",
         "|---|---|",
         f"| rollout steps | {len(series['reward'])} |",
-        f"| student's accuracy, mean over steps | {mean(series['accuracy/student'].values()):.3f} |",
+        f"| student's accuracy, mean | {mean(series['accuracy/student'].values()):.3f} |",
         f"| rollouts that the teacher was asked about | {len(asked)} |",
         f"| of these, feedback that parsed | {len(parsed)} ({len(parsed) / len(asked):.0%}) |",
         f"| of the parsed, verdict agrees with the verifier | {agree} |",

@@ -7,9 +7,7 @@ from torch import nn
 
 from thinktuning.engines import Completion, Engine, SamplingParams
 
-REPLY = (
-    "<opinion>correct</opinion>\n<reason>{reason}</reason>\n<phrase>{phrase}</phrase>"
-)
+REPLY = "<opinion>correct</opinion>\n<reason>{reason}</reason>\n<phrase>{phrase}</phrase>"
 
 
 class ScriptedTeacher(Engine):

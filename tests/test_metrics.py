@@ -145,7 +145,6 @@ def test_numbers_of_two_ranks_add_up_to_those_of_both(cut):
         assert added == pytest.approx(list(value)), name
 
 
-@pytest.mark.xfail(strict=True, reason="bug: an empty reply counts as not asked")
 def test_a_teacher_who_said_nothing_was_asked_all_the_same():
     silent = Guidance(("self_conflict",), "", None, "unparsed")
     batch = RolloutBatch(0, 2, (replace(student(2, WRONG), guidance=silent), student(2, WRONG)))

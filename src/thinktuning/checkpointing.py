@@ -1,6 +1,7 @@
 """Checkpoint files that are whole or not there."""
 
 import os
+import struct
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -9,6 +10,17 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from thinktuning.errors import InputError
+
+# What torch.load was seen to raise on cut off, overwritten and foreign files.
+_DAMAGED = (
+    UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -26,11 +38,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".tmp")
-        with unfinished.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)  # half a checkpoint on a full disk helps nobody
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -40,9 +55,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             checkpoint: dict[str, Any] = torch.load(
                 path, map_location=map_location, weights_only=True
             )
-        except (UnpicklingError, RuntimeError, EOFError) as error:
+        except _DAMAGED as error:
             raise InputError(
                 f"the checkpoint {str(path)!r} is damaged, or was not written by `thinktuning fit`:"
-                f" {str(error).splitlines()[0]}"
+                f" {(str(error) or repr(error)).splitlines()[0]}"
             ) from error
         return checkpoint

@@ -45,7 +45,7 @@ def rollout_means(batch: RolloutBatch) -> dict[str, Mean]:
 def _guidance_means(rollouts: Iterable[Rollout]) -> dict[str, Mean]:
     rollouts = list(rollouts)
     selected = [(r, r.guidance) for r in rollouts if r.guidance is not None]
-    asked = [(r, g) for r, g in selected if g.text]
+    asked = [(r, g) for r, g in selected if g.skipped != "prompt_too_long"]
     verdicts = [
         (g.feedback.opinion == "correct") == _correct(r.original or r)
         for r, g in asked

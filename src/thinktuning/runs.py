@@ -30,7 +30,7 @@ def last_checkpoint(root: Path) -> Path | None:
 def run_of(checkpoint: Path) -> Path | None:
     """The run that a checkpoint belongs to; None for one that lies elsewhere."""
     folder = checkpoint.absolute().parent
-    is_run = folder.name == CHECKPOINTS and folder.parent.name.startswith(_VERSION)
+    is_run = folder.name == CHECKPOINTS and folder.parent in versions(folder.parent.parent)
     return folder.parent if is_run else None
 
 

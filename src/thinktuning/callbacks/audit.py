@@ -78,8 +78,7 @@ def _judged(rollout: Rollout) -> dict[str, Any]:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a file; a killed run may have left half a line at its end."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def _write(path: Path, rows: list[dict[str, Any]], mode: str) -> None:

@@ -107,6 +107,11 @@ class GSM8KDataModule(LightningDataModule):
         if self.val_size == 0:
             return load_questions(self.source, "train", self.seed, self.limit), []
         is_hub_gsm8k = self.source == "openai/gsm8k"
+        if self.val_source == self.source and not is_hub_gsm8k:
+            raise InputError(
+                f"data: val_source is the same as source, {self.source!r}, so validation would ask "
+                f"what was trained on; leave val_source out to hold out val_size questions"
+            )
         if self.val_source is not None or is_hub_gsm8k:
             train = load_questions(self.source, "train", self.seed, self.limit)
             val_source = self.val_source or self.source

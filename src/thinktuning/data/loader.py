@@ -12,8 +12,9 @@ from thinktuning.types import Prompt
 class PromptLoader:
     """Serves rollout batches of prompts, reshuffled every epoch, and resumes at the row.
 
-    The order is a function of (seed, epoch), and the position counts batches over all ranks, so a
-    run may resume on another number of ranks. An incomplete last batch of an epoch is left out.
+    The order is a function of (seed, epoch), and the position counts prompts over all ranks, so a
+    run may resume on another number of ranks or with another batch size. An incomplete last batch
+    of an epoch is left out.
 
     Args:
         prompts: All prompts, on every rank the same.
@@ -60,14 +61,14 @@ class PromptLoader:
         if self.seed is None:
             self.position = 0
         # Lightning doesn't exhaust a sized iterator, so an epoch ends where the next one begins.
-        elif self.position >= len(self):
+        elif self.position + self.batch_size > len(self.prompts):
             self.position = 0
             self.epoch += 1
         order = self._order()
-        while self.position < len(self):
-            start = self.position * self.batch_size
-            rows = order[start : start + self.batch_size]
-            self.position += 1
+        end = len(order) if self.seed is None else len(order) - self.batch_size + 1
+        while self.position < end:
+            rows = order[self.position : self.position + self.batch_size]
+            self.position += self.batch_size
             yield [self.prompts[i] for i in rows[self.rank :: self.world_size]]
 
     def _order(self) -> list[int]:
@@ -77,10 +78,10 @@ class PromptLoader:
         return torch.randperm(len(self.prompts), generator=generator).tolist()
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and batches served in it."""
+        """Epoch and prompts served in it."""
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind the batches that ``state`` counts."""
+        """Go on behind the prompts that ``state`` counts."""
         self.epoch = state["epoch"]
         self.position = state["position"]

@@ -8,11 +8,12 @@ from typing import Any
 
 import datasets
 
+from thinktuning.engines.seeding import derive_seed
 from thinktuning.errors import InputError
 
 REASONING_GYM = "reasoning-gym:"
 _MAX_FAULTS_SHOWN = 5
-_NUMBER = re.compile(r"[-+]?\d*\.?\d+")
+_NUMBER = re.compile(r"[-+]?\s*(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)")
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,9 @@ def parse_gold(answer: str) -> str | None:
         The answer, or None where nothing is left.
     """
     final = answer.rsplit("####", 1)[-1].strip()
-    number = final.replace(",", "").replace("$", "").replace(" ", "").rstrip(".")
-    number = number.replace("\N{MINUS SIGN}", "-")
+    number = final.replace("$", "").rstrip(".").replace("\N{MINUS SIGN}", "-")
     if _NUMBER.fullmatch(number):
-        return number.removeprefix("+")
+        return re.sub(r"[,\s]", "", number).removeprefix("+")
     return final or None
 
 
@@ -73,16 +73,20 @@ def load_questions(
 def _stored(source: str, split: str, limit: int | None) -> Iterable[Mapping[str, Any]]:
     path = Path(source).expanduser()
     builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    if path.suffix in builders and not path.is_file():
+        raise InputError(f"data: there is no file {str(path)!r}")
     try:
         if path.suffix in builders:
-            if not path.is_file():
-                raise InputError(f"data: there is no file {str(path)!r}")
             rows = datasets.load_dataset(builders[path.suffix], data_files=str(path), split="train")
         else:
             # GSM8K has two configurations with the same questions; others mostly have one.
             name = "main" if source == "openai/gsm8k" else None
             rows = datasets.load_dataset(source, name, split=split)
-    except (OSError, datasets.exceptions.DatasetsError, UnicodeDecodeError) as error:
+        rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+        columns, read = rows.column_names, list(rows)
+    except StopIteration as error:  # what datasets says of an empty file
+        raise InputError(f"data: {source!r} has no rows") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         cause = error.__cause__ or error.__context__
         detail = f" ({cause})" if cause is not None else ""
@@ -91,22 +95,22 @@ def _stored(source: str, split: str, limit: int | None) -> Iterable[Mapping[str,
             f"expected a .jsonl or .parquet file with the columns 'question' and 'answer', "
             f"'{REASONING_GYM}NAME', or a hub id that this machine can reach"
         ) from error
-    missing = {"question", "answer"} - set(rows.column_names)
+    missing = {"question", "answer"} - set(columns)
     if missing:
         raise InputError(
             f"data: {source!r} has no column {' and '.join(map(repr, sorted(missing)))}; "
-            f"its columns are {rows.column_names}"
+            f"its columns are {columns}"
         )
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+    return read
 
 
 def _generated(name: str, split: str, seed: int, size: int) -> Iterable[Mapping[str, Any]]:
     import reasoning_gym
 
-    # Generators draw row i from seed + i: far apart, the splits never share a row.
-    offset = 0 if split == "train" else 1_000_000_000
+    # Generators draw row i from seed + i: seeds must be far apart, or splits and runs share rows.
+    far = derive_seed(seed, split, "questions") % 2**31
     try:
-        return reasoning_gym.create_dataset(name, seed=seed + offset, size=size)
+        return reasoning_gym.create_dataset(name, seed=far, size=size)
     except ValueError as error:
         raise InputError(f"data: reasoning-gym has no generator {name!r}: {error}") from error
 

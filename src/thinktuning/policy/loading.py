@@ -1,13 +1,18 @@
 """Students, references and teachers from a hub id or a folder."""
 
 from collections.abc import Iterable
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from thinktuning.errors import InputError
 from thinktuning.policy.embedded import EMBEDDED, embedded_model
+
+_UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError)
 
 
 def load_model(
@@ -25,20 +30,28 @@ def load_model(
     """
     path = _resolve(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention
-        ).eval()
-    except OSError as error:
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        )
+    except _UNLOADABLE as error:
         raise InputError(_cannot_load("model", name, error)) from error
+    model, report = loaded
+    if report["missing_keys"]:  # Transformers would go on with random weights
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise InputError(_cannot_load("model", name, f"it has no weights for {missing}"))
+    return model.eval()
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model; see ``load_model``."""
     path = _resolve(name)
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except _UNLOADABLE as error:
         raise InputError(_cannot_load("tokenizer", name, error)) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # Transformers makes up an empty one
+        raise InputError(_cannot_load("tokenizer", name, "it has no vocabulary"))
+    return tokenizer
 
 
 def end_of_turn_ids(
@@ -66,8 +79,8 @@ def _resolve(name: str) -> str:
     return str(embedded_model()) if name == EMBEDDED else name
 
 
-def _cannot_load(what: str, name: str, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+def _cannot_load(what: str, name: str, reason: Exception | str) -> str:
+    first_line = (str(reason).strip() or repr(reason)).splitlines()[0]
     return (
         f"cannot load the {what} {name!r}: {first_line}\n"
         f"expected a folder with config.json, weights and tokenizer files, a hub id that this "

@@ -1,5 +1,6 @@
 r"""Outcome reward of mathematics: the last ``\boxed{}`` against the gold answer."""
 
+import re
 from collections.abc import Sequence
 
 from thinktuning.rewards.base import Response, Reward
@@ -19,12 +20,12 @@ def last_boxed(text: str) -> str | None:
         return None
     start += len(r"\boxed{")
     depth = 1
-    for i in range(start, len(text)):
-        # An escaped brace is a letter of LaTeX, not a bracket.
-        if text[i] in "{}" and text[i - 1] != "\\":
-            depth += 1 if text[i] == "{" else -1
+    # An escaped brace is a letter of LaTeX, not a bracket.
+    for sign in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+        if sign[0] in "{}":
+            depth += 1 if sign[0] == "{" else -1
             if depth == 0:
-                return text[start:i].strip()
+                return text[start : start + sign.start()].strip()
     return None
 
 

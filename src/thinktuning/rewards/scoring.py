@@ -42,7 +42,11 @@ def _score(rollouts: Sequence[Rollout], rewards: Sequence[Reward]) -> list[Rollo
             raise InputError(
                 f"{reward.name}.score returned {len(scores)} numbers for {len(responses)} responses"
             )
-        columns[reward.name] = [reward.weight * s for s in scores]
+        name, number = reward.name, 1
+        while name in columns:
+            number += 1
+            name = f"{reward.name}_{number}"
+        columns[name] = [reward.weight * s for s in scores]
     scored = []
     for i, (rollout, response) in enumerate(zip(rollouts, responses, strict=True)):
         parts = {name: column[i] for name, column in columns.items()}

@@ -1,6 +1,7 @@
 """A worker process for symbolic comparison, which can be killed where sympy hangs."""
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -34,15 +35,18 @@ class Verifier:
         """``correct``, ``wrong``, ``no_answer`` (no mathematics in the box) or ``timeout``."""
         request = json.dumps([boxed, answer]).encode() + b"\n"
         with self._lock:
-            worker = self._running_worker()
-            assert worker.stdin is not None
-            worker.stdin.write(request)
-            worker.stdin.flush()
-            reply = self._read_line(worker, self.seconds)
-            if reply is None:
+            for _ in range(2):
+                worker = self._running_worker()
+                assert worker.stdin is not None
+                with contextlib.suppress(BrokenPipeError):  # it died: the read below sees that
+                    worker.stdin.write(request)
+                reply = self._read_line(worker, self.seconds)
+                if reply:
+                    return Outcome(reply)
                 self.close()
-                return Outcome.TIMEOUT
-        return Outcome(reply)
+                if reply is None:
+                    return Outcome.TIMEOUT
+        raise RuntimeError(f"the verifier's worker process died twice on {boxed!r} and {answer!r}")
 
     def close(self) -> None:
         """End the worker, if there is one."""
@@ -71,7 +75,7 @@ class Verifier:
 
     @staticmethod
     def _read_line(worker: subprocess.Popen[bytes], seconds: float) -> str | None:
-        """The worker's next line, or None where it ends or stays silent past the deadline."""
+        """The worker's next line; None: silent past the deadline; empty: the worker has ended."""
         assert worker.stdout is not None
         deadline = time.monotonic() + seconds
         line = b""
@@ -81,6 +85,6 @@ class Verifier:
                 return None
             chunk = os.read(worker.stdout.fileno(), 4096)
             if not chunk:
-                return None
+                return ""
             line += chunk
         return line.decode().strip()

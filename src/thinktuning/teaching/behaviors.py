@@ -59,7 +59,7 @@ def load_behaviors(names: Sequence[str]) -> tuple[Behavior, ...]:
 
 
 def _load(name: str, faults: list[str]) -> Behavior | None:
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         shipped = shipped_behaviors()
         if name not in shipped:
@@ -81,7 +81,7 @@ def _from_content(name: str, content: object, faults: list[str]) -> Behavior | N
     """Check a behavior file's content; each fault becomes a line."""
     expected = {f.name for f in fields(Behavior)}
     if not isinstance(content, dict) or set(content) != expected:
-        got = sorted(content) if isinstance(content, dict) else type(content).__name__
+        got = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         faults.append(f"behavior {name!r} must have the keys {sorted(expected)}, got {got}")
         return None
     found = len(faults)

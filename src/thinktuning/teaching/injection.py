@@ -44,7 +44,8 @@ def inject(
     assert not rollout.guided, "a rollout is guided once"
     text = separator + feedback.reason + separator + feedback.phrase
     guidance_ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    if not {*tokenizer.all_special_ids, *stop_ids}.isdisjoint(guidance_ids):
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if not {*control, *tokenizer.all_special_ids, *stop_ids}.isdisjoint(guidance_ids):
         return _unguided(rollout, "special_token")
     *own_ids, end_of_turn = rollout.completion_ids
     # The student never chose to end its turn here, so the end-of-turn token is off-policy as well.

@@ -28,6 +28,8 @@ class GammaSchedule:
 
     def __post_init__(self) -> None:
         faults = []
+        if self.kind not in ("constant", "linear", "cosine", "exponential"):
+            faults.append(f"kind must be constant, linear, cosine or exponential, got {self.kind}")
         for name in ("start", "end"):
             if not 0 <= getattr(self, name) <= 1:
                 faults.append(f"{name} must be between 0 and 1, got {getattr(self, name)}")
