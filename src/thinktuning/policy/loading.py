@@ -30,11 +30,12 @@ def load_model(
     """
     path = _resolve(name)
     try:
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
     except _UNLOADABLE as error:
         raise InputError(_cannot_load("model", name, error)) from error
+    model: PreTrainedModel
     model, report = loaded
     if report["missing_keys"]:  # Transformers would go on with random weights
         missing = ", ".join(sorted(report["missing_keys"])[:3])
