@@ -1,7 +1,10 @@
 """The Transformers engine against ``generate``, against itself, and against probabilities."""
 
+import re
+
 import naive
 import pytest
+import tiny
 import torch
 from naive import FAMILIES, ids
 from transformers import GenerationConfig, PreTrainedModel
@@ -9,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from thinktuning.engines import Completion, SamplingParams, TransformersEngine, derive_seed
 from thinktuning.errors import InputError
 from thinktuning.policy import completion_logprobs
+from thinktuning.teaching import feedback_pattern
 from thinktuning.types import PolicyInputs
 
 LENGTHS = [5, 1, 17, 9, 3]
@@ -414,3 +418,22 @@ def test_sampling_leaves_the_global_random_state_alone(net):
     torch.manual_seed(0)
     alone(net, PROMPTS[0], 0, SAMPLED)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_pattern_is_kept_and_ends_in_a_stop_id():
+    text = tiny.tokenizer("own_pad")
+    net = tiny.model("llama", len(text), text.eos_token_id)
+    engine = TransformersEngine()
+    engine.load_weights(net, text)
+    pattern = feedback_pattern(12)
+    params = SamplingParams(120, (text.eos_token_id,), 1.0, pattern)
+    prompts = [text.encode("3 plus 4"), text.encode("What is 1 plus 2?")]
+    for group in engine.sample(prompts, [[1, 2, 3], [4, 5, 6]], params):
+        for completion in group:
+            assert completion.finish_reason == "stop"
+            reply = text.decode(completion.token_ids, skip_special_tokens=True)
+            assert re.fullmatch(pattern, reply, re.DOTALL), reply
+    free = engine.sample(prompts, [[1], [4]], SamplingParams(120, params.stop_ids))
+    assert not any(re.fullmatch(pattern, text.decode(c.token_ids), re.DOTALL) for (c,) in free), (
+        "the model keeps to the pattern anyway: the test shows nothing"
+    )

@@ -15,6 +15,7 @@ from thinktuning.errors import InputError
 from thinktuning.teaching import (
     Behavior,
     GammaSchedule,
+    feedback_pattern,
     guided_count,
     load_behaviors,
     parse_feedback,
@@ -35,7 +36,8 @@ class TeacherGuidance(RolloutCallback):
     """Selects rollouts of every group and attaches the teacher's feedback to them.
 
     The teacher is the frozen reference and decodes greedily. Feedback that doesn't parse is
-    dropped; that rollout stays unguided.
+    dropped; that rollout stays unguided. Constrained decoding makes nearly every reply parse: its
+    probabilities are never used, so that masking them does no harm.
 
     Args:
         gamma: The guided fraction of every group and how it changes over the run.
@@ -44,6 +46,9 @@ class TeacherGuidance(RolloutCallback):
             of the same form.
         max_prompt_tokens: A rollout whose teacher prompt is longer stays unguided.
         max_new_tokens: Length limit of the teacher's reply.
+        constrained: Keep replies to the tagged form, its reflection and its continuation to
+            max_new_tokens characters each, about two thirds of the reply together; false lets the
+            teacher write freely, as in the paper.
         teacher: Engine that decodes the replies; it is given the weights of the frozen reference.
     """
 
@@ -55,6 +60,7 @@ class TeacherGuidance(RolloutCallback):
         behaviors: list[str] = FOUR_BEHAVIORS,
         max_prompt_tokens: int = 3072,
         max_new_tokens: int = 1024,
+        constrained: bool = True,
         teacher: Engine = lazy_instance(TransformersEngine),  # noqa: B008
     ) -> None:
         if max_prompt_tokens < 1 or max_new_tokens < 1:
@@ -63,6 +69,7 @@ class TeacherGuidance(RolloutCallback):
         self.behaviors: tuple[Behavior, ...] = load_behaviors(behaviors)
         self.max_prompt_tokens = max_prompt_tokens
         self.max_new_tokens = max_new_tokens
+        self.pattern = feedback_pattern(max_new_tokens) if constrained else None
         self.planned_steps: int | None = None
         self.teacher = teacher
 
@@ -122,8 +129,8 @@ class TeacherGuidance(RolloutCallback):
         ]
         fits = [len(p) <= self.max_prompt_tokens for p in prompts]
         asked = [p for p, fit in zip(prompts, fits, strict=True) if fit]
-        params = SamplingParams(self.max_new_tokens, module.stop_ids, temperature=0.0)
-        self.teacher.load_weights(module.reference)
+        params = SamplingParams(self.max_new_tokens, module.stop_ids, 0.0, self.pattern)
+        self.teacher.load_weights(module.reference, module.tokenizer)
         replies = self.teacher.sample(asked, [[0]] * len(asked), params) if asked else []
         names = tuple(b.name for b in self.behaviors)
         reply = iter(replies)

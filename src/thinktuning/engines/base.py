@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,14 @@ class SamplingParams:
         max_new_tokens: Length limit of a completion, end-of-turn token included.
         stop_ids: Every id that ends a turn; the one that was drawn stays in the completion.
         temperature: Divides the logits; 0 decodes greedily.
+        pattern: Regular expression that completions keep to, unless the length limit ends them
+            first; None doesn't constrain. Logprobs are those of the constrained distribution.
     """
 
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     temperature: float = 1.0
+    pattern: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,15 @@ class Engine(ABC):
     """Samples completions from the weights that it was given last."""
 
     @abstractmethod
-    def load_weights(self, model: PreTrainedModel) -> None:
-        """Sample from the present weights of ``model`` from now on."""
+    def load_weights(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        """Sample from the present weights of ``model`` from now on.
+
+        Args:
+            model: A causal language model.
+            tokenizer: Its tokenizer; needed for sampling with a pattern.
+        """
 
     @abstractmethod
     def sample(

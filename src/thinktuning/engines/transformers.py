@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from thinktuning.engines.base import Completion, Engine, SamplingParams
+from thinktuning.engines.grammar import GrammarCompiler, GrammarMasks
 from thinktuning.errors import InputError
 
 
@@ -26,10 +28,16 @@ class TransformersEngine(Engine):
             raise InputError(f"engine: max_batch_size must be at least 1, got {max_batch_size}")
         self.max_batch_size = max_batch_size
         self._model: PreTrainedModel | None = None
+        self._grammars: GrammarCompiler | None = None
 
-    def load_weights(self, model: PreTrainedModel) -> None:
+    def load_weights(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
         """Keep a reference to ``model``; its later updates show by themselves."""
         self._model = model
+        known = None if self._grammars is None else self._grammars.tokenizer
+        if tokenizer is not None and tokenizer is not known:
+            self._grammars = GrammarCompiler(tokenizer, model.config.vocab_size)
 
     @torch.no_grad()
     def sample(
@@ -47,10 +55,17 @@ class TransformersEngine(Engine):
             repeats = [len(seeds[i]) for i in chosen]
             logits, cache, mask = _prefill(self._model, batch_prompts, repeats)
             rows = [_Row(_uniforms(seed, params)) for i in chosen for seed in seeds[i]]
-            _decode(self._model, rows, logits, cache, mask, params)
+            grammar = self._masks(params, len(rows))
+            _decode(self._model, rows, logits, cache, mask, params, grammar)
             finished = iter([row.completion(params) for row in rows])
             completions += [[next(finished) for _ in range(n)] for n in repeats]
         return completions
+
+    def _masks(self, params: SamplingParams, rows: int) -> GrammarMasks | None:
+        if params.pattern is None:
+            return None
+        assert self._grammars is not None, "a pattern needs the tokenizer: give it to load_weights"
+        return self._grammars.masks(params.pattern, params.stop_ids, rows)
 
     def _batches(self, seeds: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Runs of prompts whose completions fit a batch together."""
@@ -148,6 +163,7 @@ def _decode(
     cache: DynamicCache,
     mask: Tensor,
     params: SamplingParams,
+    grammar: GrammarMasks | None,
 ) -> None:
     """Draw tokens into ``rows`` until each has drawn an end-of-turn token or reached the limit."""
     stop_ids = set(params.stop_ids)
@@ -155,8 +171,13 @@ def _decode(
     positions = mask.sum(dim=1)
     for t in range(params.max_new_tokens):
         uniforms = [rows[i].uniforms[t] for i in live] if params.temperature > 0 else None
+        logits = logits.float()
+        if grammar is not None:
+            grammar.apply(logits, live)
         tokens, logprobs = _draw(logits, uniforms, params.temperature)
         drawn = tokens.tolist()
+        if grammar is not None:
+            grammar.accept(drawn, live)
         for i, token, logprob in zip(live, drawn, logprobs.tolist(), strict=True):
             rows[i].token_ids.append(token)
             rows[i].logprobs.append(logprob)
@@ -182,8 +203,7 @@ def _decode(
 def _draw(
     logits: Tensor, uniforms: list[float] | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The next token of each row, by inverting the cumulative distribution, and its logprob."""
-    logits = logits.float()
+    """The next token of each row of fp32 logits [R, V], by inverting the CDF, and its logprob."""
     if uniforms is None:
         logprobs = torch.log_softmax(logits, dim=-1)
         tokens = logits.argmax(dim=-1)

@@ -33,6 +33,15 @@ def parse_feedback(text: str) -> Feedback | None:
     return Feedback(opinion, reason, phrase)
 
 
+def feedback_pattern(max_characters: int) -> str:
+    """A regular expression of replies that parse, each part of at most ``max_characters``."""
+    part = f"[^< \\n\\t][^<]{{0,{max_characters - 1}}}"
+    return (
+        f"<opinion>({'|'.join(OPINIONS)})</opinion>\\n"
+        f"<reason>{part}</reason>\\n<phrase>{part}</phrase>"
+    )
+
+
 def format_feedback(feedback: Feedback) -> str:
     """The text that ``parse_feedback`` reads; used for the worked examples."""
     return (
