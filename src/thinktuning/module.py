@@ -297,9 +297,9 @@ class ThinkTuningModule(LightningModule):
                 optimizer.step()
         _add(total, {"optimizer/learning_rate": Mean(scheduler.get_last_lr()[0], 1)})
         scheduler.step()
-        # The losses of a step's micro-batches and ranks add up to world_size times its loss.
-        steps = self.num_mini_batches * self.trainer.world_size
-        _add(total, {"objective/loss": Mean(0.0, steps)})
+        # The losses of a step's micro-batches and ranks add up to world_size times its loss, and
+        # each rank counts its steps.
+        _add(total, {"objective/loss": Mean(0.0, self.num_mini_batches)})
         return total, {"shaping/weight_max": weight_max}
 
     def _with_token_weights(self, mini: PolicyInputs) -> PolicyInputs:

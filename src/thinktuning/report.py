@@ -28,7 +28,8 @@ def print_report(trainer: Trainer, run: Path) -> None:
     elif rows:
         reasons = sorted({str(row["skipped"]) for row in rows})
         console.print(f"No feedback could be used ({', '.join(reasons)}): see {run}/audit*.jsonl.")
-    command = Path(sys.argv[0])
+    called = Path(sys.argv[0])
+    command = called if called.name == "thinktuning" else Path("thinktuning")
     tensorboard = command.with_name("tensorboard")
     config, checkpoint = str(run / "config.yaml"), str(run / runs.CHECKPOINTS / "last.ckpt")
     more = ["--trainer.max_steps", 2 * trainer.global_step]
