@@ -93,7 +93,5 @@ def test_a_run_resumed_with_more_steps_equals_one_planned_so(
     done = run(command(student(), questions, short, *constant, "--ckpt_path=last"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert trace(short).keys() == trace(whole).keys()
-    # Guidance was planned for three steps, and stays so: only the steps before are comparable.
-    for step in range(3):
-        assert trace(short)[step] == trace(whole)[step]
+    assert trace(short) == trace(whole)
     assert "gamma's schedule goes on as it began" in done.stderr

@@ -13,6 +13,9 @@ from thinktuning.errors import InputError
 class GammaSchedule:
     """The guided fraction gamma over a run. Past ``fraction`` of the planned steps it is 0.
 
+    With a ``fraction`` of 1 guidance doesn't end: a run that is resumed past its planned steps goes
+    on with the last value.
+
     Attributes:
         kind: constant: start; linear, cosine, exponential: from start to end.
         start: Guided share of every group at the first step, 0 (plain GRPO) to 1.
@@ -52,9 +55,9 @@ class GammaSchedule:
         """
         # Rounded first: a third of 12 steps must not become 5 steps for 4.000000000000001.
         guided_steps = math.ceil(round(self.fraction * planned_steps, 6))
-        if self.start == 0 or step >= guided_steps:
+        if self.start == 0 or (step >= guided_steps and self.fraction < 1):
             return 0.0
-        progress = step / (guided_steps - 1) if guided_steps > 1 else 0.0
+        progress = min(1.0, step / (guided_steps - 1)) if guided_steps > 1 else 0.0
         if self.kind == "linear":
             return self.start + (self.end - self.start) * progress
         if self.kind == "cosine":
