@@ -85,6 +85,14 @@ def test_a_user_sees_scalars_samples_and_an_account(student, questions, tmp_path
     assert "step 3" in printed
 
 
+def test_a_mean_over_nothing_is_not_logged(student, questions, tmp_path):
+    # Guidance ends after the first of three steps: later ones have no guided rollouts.
+    main(fit_arguments(student(), questions, tmp_path, "--guidance.gamma.fraction=0.2"))
+    seen = scalars(tmp_path / "version_0")
+    assert len(seen["reward/guided"]) == len(seen["length/injected"]) == 1
+    assert len(seen["reward/unguided"]) == 3
+
+
 def test_the_reference_is_frozen_and_not_in_the_checkpoint(student, questions, tmp_path):
     main(fit_arguments(student(), questions, tmp_path))
     names = checkpoint(tmp_path)["state_dict"]

@@ -70,8 +70,8 @@ class Trace(StageObserver):
         rollouts: RolloutBatch = outputs["rollouts"]
         metrics = {
             name: float(value).hex()
-            for name, value in trainer.callback_metrics.items()
-            if not name.startswith(("seconds/", "tokens_per_second/", "val/"))
+            for name, value in outputs["metrics"].items()
+            if not name.startswith(("seconds/", "tokens_per_second/"))
         }
         row = {
             "step": rollouts.step,

@@ -191,8 +191,12 @@ class ThinkTuningModule(LightningModule):
 
     # -------------------------------------------------------------- training
 
-    def training_step(self, prompts: list[Prompt], batch_idx: int) -> dict[str, RolloutBatch]:
-        """One rollout batch, from questions to ``num_mini_batches`` optimizer steps."""
+    def training_step(self, prompts: list[Prompt], batch_idx: int) -> dict[str, Any]:
+        """One rollout batch, from questions to ``num_mini_batches`` optimizer steps.
+
+        Returns:
+            For callbacks: ``rollouts``, the scored RolloutBatch, and ``metrics``, what was logged.
+        """
         self._seconds = {}
         started = time.perf_counter()
         with self._stage("rollout"):
@@ -206,10 +210,10 @@ class ThinkTuningModule(LightningModule):
         with self._stage("logprobs"):
             inputs = self._with_fixed_logprobs(policy_inputs(rollouts, self.device))
         with self._stage("update"):
-            means, maxima = self._update(inputs)
+            means, weight_max = self._update(inputs)
         self._seconds["step"] = time.perf_counter() - started
-        self._log_step(rollouts, rollout_means(rollouts) | means, maxima)
-        return {"rollouts": rollouts}
+        values = self._log_step(rollouts, rollout_means(rollouts) | means, weight_max)
+        return {"rollouts": rollouts, "metrics": values}
 
     def _sample(self, prompts: Sequence[Prompt]) -> RolloutBatch:
         """Stage 1: the student answers every question ``group_size`` times."""
@@ -267,7 +271,7 @@ class ThinkTuningModule(LightningModule):
             rows.append(nn.functional.pad(logprobs, (0, width - logprobs.shape[1])))
         return torch.cat(rows)
 
-    def _update(self, inputs: PolicyInputs) -> tuple[dict[str, Mean], dict[str, Tensor]]:
+    def _update(self, inputs: PolicyInputs) -> tuple[dict[str, Mean], Tensor]:
         """Stage 3: one optimizer step per mini-batch."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
@@ -300,7 +304,7 @@ class ThinkTuningModule(LightningModule):
         # The losses of a step's micro-batches and ranks add up to world_size times its loss, and
         # each rank counts its steps.
         _add(total, {"objective/loss": Mean(0.0, self.num_mini_batches)})
-        return total, {"shaping/weight_max": weight_max}
+        return total, weight_max
 
     def _with_token_weights(self, mini: PolicyInputs) -> PolicyInputs:
         """Weigh every token by its share in the mean over this optimizer step on all ranks."""
@@ -395,26 +399,31 @@ class ThinkTuningModule(LightningModule):
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
     def _log_step(
-        self, rollouts: RolloutBatch, means: dict[str, Mean], maxima: dict[str, Tensor]
-    ) -> None:
-        """Log a step's numbers, each over all ranks."""
+        self, rollouts: RolloutBatch, means: dict[str, Mean], weight_max: Tensor
+    ) -> dict[str, float]:
+        """Log a step's numbers, each over all ranks; a mean over nothing isn't logged."""
+        sampled = sum(len((r.original or r).completion_ids) for r in rollouts.rollouts)
+        trained = sum(len(r.completion_ids) for r in rollouts.rollouts)
+        means = means | {f"seconds/{name}": Mean(s, 1) for name, s in self._seconds.items()}
+        for name, tokens in (("rollout", sampled), ("update", trained)):
+            seconds = self._seconds[name] / self.trainer.world_size
+            means[f"tokens_per_second/{name}"] = Mean(tokens, seconds)
         table = torch.tensor(
             [[float(m.total), float(m.weight)] for m in means.values()],
             dtype=torch.float64,
             device=self.device,
         )
-        for name, (total, weight) in zip(means, self._sum_over_ranks(table).tolist(), strict=True):
-            if weight > 0:  # a mean over nothing isn't logged
-                shown = name == "reward/all"
-                self.log("reward" if shown else name, total / weight, prog_bar=shown, batch_size=1)
-        for name, value in maxima.items():
-            self.log(name, value, batch_size=1, reduce_fx="max", sync_dist=True)
-        for name, seconds in self._seconds.items():
-            self.log(f"seconds/{name}", seconds, batch_size=1)
-        sampled = sum(len((r.original or r).completion_ids) for r in rollouts.rollouts)
-        trained = sum(len(r.completion_ids) for r in rollouts.rollouts)
-        for name, tokens in (("rollout", sampled), ("update", trained)):
-            self.log(f"tokens_per_second/{name}", tokens / self._seconds[name], batch_size=1)
+        sums = zip(means, self._sum_over_ranks(table).tolist(), strict=True)
+        values = {name: total / weight for name, (total, weight) in sums if weight > 0}
+        weight_max = self.trainer.strategy.reduce(weight_max, reduce_op="max")
+        if "shaping/weight" in values:
+            values["shaping/weight_max"] = weight_max.item()
+        values["reward"] = values.pop("reward/all")
+        # Not self.log, which would repeat the last value of whatever this step has none of.
+        for logger in self.loggers:
+            logger.log_metrics(values, step=rollouts.step)
+        self.log("reward", values["reward"], prog_bar=True, logger=False, batch_size=1)
+        return values
 
 
 def _add(total: dict[str, Mean], means: dict[str, Mean]) -> None:
