@@ -65,7 +65,7 @@ def read_csv(path: Path) -> Series:
 
 
 def plot(series: Series, path: Path, title: str) -> None:
-    """Small panels over rollout steps; thin lines are single steps, thick ones means of five."""
+    """Small panels over rollout steps; dots are single steps, lines means of up to five points."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     figure.suptitle(title)
     for axis, (name, tags) in zip(axes.flat, PANELS.items(), strict=True):
@@ -76,7 +76,7 @@ def plot(series: Series, path: Path, title: str) -> None:
             steps, values = zip(*points, strict=True)
             smooth = [mean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
             (line,) = axis.plot(steps, smooth, linewidth=2, label=tag)
-            axis.plot(steps, values, linewidth=0.6, alpha=0.5, color=line.get_color())
+            axis.plot(steps, values, "o", markersize=2, alpha=0.5, color=line.get_color())
         axis.set_title(name)
         axis.set_xlabel("rollout step")
         axis.set_ylim(bottom=0)
