@@ -46,11 +46,21 @@ def test_the_recipe_has_the_paper_s_numbers(capsys):
     assert config["guidance"]["gamma"] == gamma
 
 
+def test_grpo_is_the_recipe_without_guidance(capsys):
+    recipe = printed_config(capsys, "--config=configs/gsm8k.yaml")
+    grpo = printed_config(capsys, "--config=configs/grpo.yaml")
+    assert grpo["guidance"]["gamma"]["start"] == 0.0
+    for config in (recipe, grpo):
+        del config["guidance"]["gamma"], config["trainer"]["default_root_dir"]
+    assert grpo == recipe
+
+
 def test_files_are_composed_and_flags_come_last(capsys):
-    files = ("--config=configs/gsm8k.yaml", "--config=configs/grpo.yaml")
+    files = ("--config=configs/quickstart.yaml", "--config=configs/grpo.yaml")
     config = printed_config(capsys, *files, "--model.group_size=7")
     assert config["guidance"]["gamma"]["start"] == 0.0
-    assert config["data"]["batch_size"] == 128
+    assert config["data"]["batch_size"] == 128, "the later file's"
+    assert config["data"]["limit"] == 64, "the earlier file's"
     assert config["model"]["group_size"] == 7
 
 
