@@ -1,7 +1,7 @@
 """Make a run's record: ``python scripts/report_run.py RUN OUTPUT``.
 
-RUN is a run's folder, ``runs/first-run/version_0``. OUTPUT gets ``scalars.csv``, ``curves.png``,
 RUN is a folder such as ``runs/first-run/version_0``. OUTPUT gets ``scalars.csv``, ``curves.png``,
+``numbers.md``, ``samples.md`` (three guided rollouts), and the run's ``config.yaml``. The plot is
 drawn from ``scalars.csv`` alone: ``python scripts/report_run.py --plot OUTPUT`` draws it again.
 """
 

@@ -104,6 +104,9 @@ class ThinkTuningCLI(LightningCLI):
         plugins = settings["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         self.run = run
+        for callback in self.trainer_defaults["callbacks"]:
+            if isinstance(callback, AuditLog):
+                callback.folder = run
         return super().instantiate_trainer(**kwargs, plugins=[*plugins, AtomicCheckpointIO()])
 
     def _checkpoint(self, root: Path) -> Path | None:
@@ -125,7 +128,7 @@ class ThinkTuningCLI(LightningCLI):
         """Keep the configuration of every start beside what it made."""
         self.run.mkdir(parents=True, exist_ok=True)
         parser, config = self._parser("fit"), self.config["fit"]
-        parser.save(config, runs.config_path(self.run), skip_unset=False)
+        parser.save(config, runs.config_path(self.run), skip_unset=False, multifile=False)
 
     @rank_zero_only
     def after_fit(self) -> None:

@@ -7,6 +7,7 @@ How it differs from the paper and from the authors' recipe:
 * By default only guidance tokens are shaped, and the end-of-turn token behind them counts as one.
 * The student's token ids are never decoded and encoded again.
 * A guided rollout that would be too long stays unguided (option: cut off).
+* The teacher's reply is constrained to its tagged form (option: free, as ``configs/gsm8k.yaml``).
 """
 
 import time
@@ -282,6 +283,7 @@ class ThinkTuningModule(LightningModule):
         for number, mini in enumerate(split(inputs, size), start=1):
             optimizer.zero_grad()
             weighted = self._without_idle_rows(self._with_token_weights(mini))
+            _add(total, {"update/tokens": Mean(weighted.completion_mask.sum(), 1)})
             for micro in split(weighted, self.micro_batch_size):
                 means, micro_max = self._backward(trim(micro))
                 _add(total, means)
@@ -402,10 +404,10 @@ class ThinkTuningModule(LightningModule):
         self, rollouts: RolloutBatch, means: dict[str, Mean], weight_max: Tensor
     ) -> dict[str, float]:
         """Log a step's numbers, each over all ranks; a mean over nothing isn't logged."""
+        trained_tokens = float(means.pop("update/tokens").total)
         sampled = sum(len((r.original or r).completion_ids) for r in rollouts.rollouts)
-        trained = sum(len(r.completion_ids) for r in rollouts.rollouts)
         means = means | {f"seconds/{name}": Mean(s, 1) for name, s in self._seconds.items()}
-        for name, tokens in (("rollout", sampled), ("update", trained)):
+        for name, tokens in (("rollout", sampled), ("update", trained_tokens)):
             seconds = self._seconds[name] / self.trainer.world_size
             means[f"tokens_per_second/{name}"] = Mean(tokens, seconds)
         table = torch.tensor(
@@ -422,7 +424,10 @@ class ThinkTuningModule(LightningModule):
         # Not self.log, which would repeat the last value of whatever this step has none of.
         for logger in self.loggers:
             logger.log_metrics(values, step=rollouts.step)
+        # For the progress bar and for callbacks that monitor a metric.
         self.log("reward", values["reward"], prog_bar=True, logger=False, batch_size=1)
+        others = {name: value for name, value in values.items() if name != "reward"}
+        self.log_dict(others, logger=False, batch_size=1)
         return values
 
 

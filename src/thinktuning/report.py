@@ -20,7 +20,7 @@ def print_report(trainer: Trainer, run: Path) -> None:
     rows = _audit_rows(run)
     guided = [row for row in rows if row["after"] is not None]
     console.print(
-        f"\nTrained for {trainer.global_step} rollout steps. The teacher was asked about "
+        f"\nTrained for {trainer.global_step} rollout steps. The teacher was to read "
         f"{len(rows)} answers; {len(guided)} were continued with its feedback."
     )
     if guided:
@@ -32,7 +32,9 @@ def print_report(trainer: Trainer, run: Path) -> None:
     command = called if called.name == "thinktuning" else Path("thinktuning")
     tensorboard = command.with_name("tensorboard")
     config, checkpoint = str(run / "config.yaml"), str(run / runs.CHECKPOINTS / "last.ckpt")
-    more = ["--trainer.max_steps", 2 * trainer.global_step]
+    more = ["--trainer.max_steps", str(2 * trainer.global_step)]
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        more += ["--trainer.max_epochs", str(2 * trainer.max_epochs)]
     next_steps = {
         "watch": [tensorboard, "--logdir", run.parent],
         "go on": [command, "fit", "--config", config, "--ckpt_path", "last", *more],

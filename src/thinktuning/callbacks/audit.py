@@ -11,23 +11,30 @@ from thinktuning.types import Rollout, RolloutBatch
 
 
 class AuditLog(Callback):
-    """Writes ``audit.jsonl`` beside the logs: one row per rollout selected for guidance.
+    """Writes ``audit.jsonl`` into the run's folder: one row per rollout selected for guidance.
 
     On more than one rank each writes its own ``audit.rank<N>.jsonl``.
     """
 
     def __init__(self) -> None:
+        self.folder: Path | None = None  # the run's; set by the command line
         self._path: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Agree on rank 0's folder: others may have looked for a free one after it was made."""
+        self.folder = trainer.strategy.broadcast(self.folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the file; rows of steps that a resumed run does again are taken out."""
         rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"audit{rank}.jsonl"
         if self._path.exists():
             kept = [line for line in _rows(self._path) if line["step"] < trainer.global_step]
-            _write(self._path, kept, "w")
+            rewritten = self._path.with_suffix(".tmp")
+            _write(rewritten, kept, "w")
+            rewritten.replace(self._path)
 
     def on_train_batch_end(
         self,

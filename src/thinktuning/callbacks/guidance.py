@@ -36,8 +36,8 @@ class TeacherGuidance(RolloutCallback):
     """Selects rollouts of every group and attaches the teacher's feedback to them.
 
     The teacher is the frozen reference and decodes greedily. Feedback that doesn't parse is
-    dropped; that rollout stays unguided. Constrained decoding makes nearly every reply parse: its
-    probabilities are never used, so that masking them does no harm.
+    dropped; that rollout stays unguided. Constrained decoding makes every reply parse that ends
+    within the length limit: its probabilities are never used, so that masking them does no harm.
 
     Args:
         gamma: The guided fraction of every group and how it changes over the run.
@@ -46,9 +46,9 @@ class TeacherGuidance(RolloutCallback):
             of the same form.
         max_prompt_tokens: A rollout whose teacher prompt is longer stays unguided.
         max_new_tokens: Length limit of the teacher's reply.
-        constrained: Keep replies to the tagged form, its reflection and its continuation to
-            max_new_tokens characters each, about two thirds of the reply together; false lets the
-            teacher write freely, as in the paper.
+        constrained: Keep replies to the tagged form, with at most max_new_tokens characters in the
+            reflection and in the continuation; false lets the teacher write freely, as in the
+            paper.
         teacher: Engine that decodes the replies; it is given the weights of the frozen reference.
     """
 
@@ -79,6 +79,9 @@ class TeacherGuidance(RolloutCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the length of the schedule; a resumed run keeps the one it began with."""
+        if self.gamma.start == 0:
+            self.planned_steps = self.planned_steps or 1
+            return
         planned = _planned_steps(trainer)
         if self.planned_steps is None:
             self.planned_steps = planned

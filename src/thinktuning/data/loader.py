@@ -13,8 +13,7 @@ class PromptLoader:
     """Serves rollout batches of prompts, reshuffled every epoch, and resumes at the row.
 
     The order is a function of (seed, epoch), and the position counts prompts over all ranks, so a
-    run may resume on another number of ranks or with another batch size. An incomplete last batch
-    of an epoch is left out.
+    run may resume on another number of ranks. An incomplete last batch of an epoch is left out.
 
     Args:
         prompts: All prompts, on every rank the same.
