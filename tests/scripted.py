@@ -3,15 +3,13 @@
 import re
 from collections.abc import Sequence
 
-from thinktuning.engines import Completion, Engine, SamplingParams
+from thinktuning.teaching import Chat, Reply, ReplyParams, Teacher
 
 REPLY = "<opinion>correct</opinion>\n<reason>{reason}</reason>\n<phrase>{phrase}</phrase>"
 
 
-class ScriptedTeacher(Engine):
-    """An engine that ignores the weights and writes a reply from a script.
-
-    It reads the student's answer out of the prompt and repeats its last box.
+class ScriptedTeacher(Teacher):
+    """Writes a reply from a script: it reads the student's answer and repeats its last box.
 
     Args:
         reason: Its reflection.
@@ -24,22 +22,14 @@ class ScriptedTeacher(Engine):
         self.reason = reason
         self.phrase = phrase
 
-    def load_weights(self, model, tokenizer=None) -> None:
-        self.tokenizer = tokenizer
+    @property
+    def identity(self) -> str:
+        return f"scripted {self.reason} {self.phrase}"
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[Sequence[int]],
-        params: SamplingParams,
-    ) -> list[list[Completion]]:
-        return [[self._reply(prompt, params)] for prompt in prompts]
+    def reply(self, chats: Sequence[Chat], params: ReplyParams) -> list[Reply]:
+        return [Reply(self._answer(chat[-1]["content"])) for chat in chats]
 
-    def _reply(self, prompt: Sequence[int], params: SamplingParams) -> Completion:
-        text = self.tokenizer.decode(list(prompt))
-        boxes = re.findall(r"\\boxed{[^}]*}", text.rsplit("My answer:", 1)[-1])
+    def _answer(self, question: str) -> str:
+        boxes = re.findall(r"\\boxed{[^}]*}", question.rsplit("My answer:", 1)[-1])
         box = boxes[-1] if boxes else ""
-        reply = REPLY.format(reason=self.reason, phrase=self.phrase.replace("{box}", box))
-        ids = self.tokenizer.encode(reply, add_special_tokens=False)
-        ids = (*ids, self.tokenizer.eos_token_id)
-        return Completion(ids, (0.0,) * len(ids), "stop")
+        return REPLY.format(reason=self.reason, phrase=self.phrase.replace("{box}", box))

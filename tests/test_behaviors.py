@@ -11,7 +11,7 @@ import yaml
 from thinktuning.callbacks import TeacherGuidance
 from thinktuning.errors import InputError
 from thinktuning.rewards import last_boxed
-from thinktuning.teaching import load_behaviors, parse_feedback, teacher_messages
+from thinktuning.teaching import load_behaviors, parse_feedback, teacher_chat
 
 SHIPPED = ["catchphrase", "self_agreement", "self_conflict", "self_consultancy", "self_critique"]
 DEFAULT = inspect.signature(TeacherGuidance).parameters["behaviors"].default
@@ -101,7 +101,7 @@ def test_a_shipped_reflection_is_in_the_first_person(worked):
 def test_the_parser_reads_shipped_feedback_as_the_teacher_is_shown_it(worked):
     (turn,) = [
         m["content"]
-        for m in teacher_messages(load_behaviors(SHIPPED), "q", "r")
+        for m in teacher_chat(load_behaviors(SHIPPED), "q", "r")
         if m["role"] == "assistant" and worked.feedback.phrase in m["content"]
     ]
     assert parse_feedback(turn) == worked.feedback
@@ -212,7 +212,7 @@ def test_no_behavior_at_all_is_refused():
 def test_the_teachers_chat_is_instructions_then_examples_then_the_question(names):
     behaviors = load_behaviors(names)
     examples = [e for b in behaviors for e in b.examples]
-    system, *turns, last = teacher_messages(behaviors, "How many?", "I say \\boxed{3}.")
+    system, *turns, last = teacher_chat(behaviors, "How many?", "I say \\boxed{3}.")
 
     assert system["role"] == "system"
     for behavior in behaviors:
@@ -232,13 +232,13 @@ def test_the_teachers_chat_is_instructions_then_examples_then_the_question(names
 def test_real_question_and_examples_are_asked_in_the_same_form():
     (behavior,) = load_behaviors(["self_critique"])
     (worked,) = behavior.examples
-    _, shown, _, asked = teacher_messages([behavior], worked.question, worked.response)
+    _, shown, _, asked = teacher_chat([behavior], worked.question, worked.response)
     assert shown == asked
 
 
 def test_braces_and_percent_signs_reach_the_teacher_as_they_are(tmp_path):
     behaviors = load_behaviors([write(tmp_path, MINE)])
-    messages = teacher_messages(behaviors, "{q} 5% {0}", "{r} %s \\boxed{}")
+    messages = teacher_chat(behaviors, "{q} 5% {0}", "{r} %s \\boxed{}")
     assert MINE["instruction"] in messages[0]["content"]
     assert "{q} 5% {0}" in messages[-1]["content"]
     assert "{r} %s \\boxed{}" in messages[-1]["content"]

@@ -18,11 +18,11 @@ from thinktuning.data import (
     PromptLoader,
     load_questions,
     parse_gold,
-    render_prompt,
 )
 from thinktuning.data.gsm8k import PromptExample
 from thinktuning.data.sources import Question
 from thinktuning.errors import InputError
+from thinktuning.policy import render_prompt
 from thinktuning.types import Prompt
 
 # The whole training split, where this machine has it beside the repository.

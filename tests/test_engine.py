@@ -12,7 +12,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from thinktuning.engines import Completion, SamplingParams, TransformersEngine, derive_seed
 from thinktuning.errors import InputError
 from thinktuning.policy import completion_logprobs
-from thinktuning.teaching import feedback_pattern
 from thinktuning.types import PolicyInputs
 
 LENGTHS = [5, 1, 17, 9, 3]
@@ -425,15 +424,15 @@ def test_a_pattern_is_kept_and_ends_in_a_stop_id():
     net = tiny.model("llama", len(text), text.eos_token_id)
     engine = TransformersEngine()
     engine.load_weights(net, text)
-    pattern = feedback_pattern(12)
-    params = SamplingParams(120, (text.eos_token_id,), 1.0, pattern)
+    pattern = r"<a>(yes|no)</a>\n<b>[^<]{1,12}</b>"
+    params = SamplingParams(60, (text.eos_token_id,), 1.0, pattern)
     prompts = [text.encode("3 plus 4"), text.encode("What is 1 plus 2?")]
     for group in engine.sample(prompts, [[1, 2, 3], [4, 5, 6]], params):
         for completion in group:
             assert completion.finish_reason == "stop"
             reply = text.decode(completion.token_ids, skip_special_tokens=True)
             assert re.fullmatch(pattern, reply, re.DOTALL), reply
-    free = engine.sample(prompts, [[1], [4]], SamplingParams(120, params.stop_ids))
+    free = engine.sample(prompts, [[1], [4]], SamplingParams(60, params.stop_ids))
     assert not any(re.fullmatch(pattern, text.decode(c.token_ids), re.DOTALL) for (c,) in free), (
         "the model keeps to the pattern anyway: the test shows nothing"
     )

@@ -69,18 +69,27 @@ def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
 
 
-def model(family: str, vocab_size: int, eos_token_id: int, seed: int = 0) -> PreTrainedModel:
-    """A randomly initialised ``llama``, ``qwen2`` or ``gpt2`` of about 50k parameters, fp32."""
+def model(
+    family: str, vocab_size: int, eos_token_id: int, seed: int = 0, width: int = 48, heads: int = 4
+) -> PreTrainedModel:
+    """A randomly initialised ``llama``, ``qwen2`` or ``gpt2`` of about 50k parameters, fp32.
+
+    vLLM's attention on CPUs wants heads of 32: a ``width`` of 64 with 2 ``heads``.
+    """
     shape = {
         "vocab_size": vocab_size,
-        "hidden_size": 48,
+        "hidden_size": width,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        "num_attention_heads": heads,
         "bos_token_id": None,
         "eos_token_id": eos_token_id,
         "tie_word_embeddings": True,
     }
-    wide = {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    wide = {
+        "intermediate_size": 96,
+        "num_key_value_heads": heads // 2,
+        "max_position_embeddings": 1024,
+    }
     if family == "llama":
         config = LlamaConfig(**shape, **wide)
     elif family == "qwen2":
@@ -89,9 +98,9 @@ def model(family: str, vocab_size: int, eos_token_id: int, seed: int = 0) -> Pre
         assert family == "gpt2", family
         config = GPT2Config(
             vocab_size=vocab_size,
-            n_embd=48,
+            n_embd=width,
             n_layer=2,
-            n_head=4,
+            n_head=heads,
             n_positions=1024,
             bos_token_id=None,
             eos_token_id=eos_token_id,
@@ -100,10 +109,10 @@ def model(family: str, vocab_size: int, eos_token_id: int, seed: int = 0) -> Pre
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def save(folder: Path, family: str = "llama", kind: str = "own_pad") -> Path:
+def save(folder: Path, family: str = "llama", kind: str = "own_pad", **shape: int) -> Path:
     """A model folder as a user would have it; random weights."""
     text = tokenizer(kind)
-    model(family, len(text), text.eos_token_id).save_pretrained(folder)
+    model(family, len(text), text.eos_token_id, **shape).save_pretrained(folder)
     text.save_pretrained(folder)
     return folder
 

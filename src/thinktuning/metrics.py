@@ -1,11 +1,64 @@
 """What a rollout batch looks like in numbers."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
 
 from thinktuning.objective import Mean
 from thinktuning.types import Outcome, Rollout, RolloutBatch
 
-SKIP_REASONS = ("prompt_too_long", "unparsed", "too_long", "special_token")
+SKIP_REASONS = ("prompt_too_long", "unavailable", "unparsed", "too_long", "special_token")
+
+
+class StepMetrics:
+    """The numbers of one rollout batch on one rank, until they are logged over all ranks."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._means: dict[str, Mean] = {}
+        self._peaks: dict[str, Tensor] = {}
+
+    def add(self, means: Mapping[str, Mean]) -> None:
+        """Add sums and weights to what is there under the same names."""
+        for name, value in means.items():
+            old = self._means.get(name, Mean(0.0, 0.0))
+            self._means[name] = Mean(old.total + value.total, old.weight + value.weight)
+
+    def peak(self, name: str, value: Tensor) -> None:
+        """Keep the largest value; it is logged as ``<name>_max`` beside the mean ``name``."""
+        old = self._peaks.get(name)
+        self._peaks[name] = value if old is None else torch.maximum(old, value)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Measure the seconds of what is done inside."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def over_ranks(self, strategy: Strategy) -> dict[str, float]:
+        """Means and peaks over all ranks, which must have the same names; a mean over nothing is
+        left out, and so is the peak beside it.
+        """
+        device = strategy.root_device
+        seconds = {f"seconds/{name}": Mean(s, 1) for name, s in self.seconds.items()}
+        means = self._means | seconds
+        table = torch.tensor(
+            [[float(m.total), float(m.weight)] for m in means.values()],
+            dtype=torch.float64,
+            device=device,
+        )
+        sums = zip(means, strategy.reduce(table, reduce_op="sum").tolist(), strict=True)
+        values = {name: total / weight for name, (total, weight) in sums if weight > 0}
+        for name, peak in sorted(self._peaks.items()):
+            highest = strategy.reduce(peak.to(device), reduce_op="max").item()
+            if name in values:
+                values[f"{name}_max"] = highest
+        return values
 
 
 def mean(values: Iterable[float]) -> Mean:
@@ -45,7 +98,7 @@ def rollout_means(batch: RolloutBatch) -> dict[str, Mean]:
 def _guidance_means(rollouts: Iterable[Rollout]) -> dict[str, Mean]:
     rollouts = list(rollouts)
     selected = [(r, r.guidance) for r in rollouts if r.guidance is not None]
-    asked = [(r, g) for r, g in selected if g.skipped != "prompt_too_long"]
+    asked = [(r, g) for r, g in selected if g.skipped not in ("prompt_too_long", "unavailable")]
     verdicts = [
         (g.feedback.opinion == "correct") == _correct(r.original or r)
         for r, g in asked
@@ -55,6 +108,8 @@ def _guidance_means(rollouts: Iterable[Rollout]) -> dict[str, Mean]:
         "guidance/realised_gamma": mean(r.guided for r in rollouts),
         "guidance/eligible": mean((r.original or r).finished for r in rollouts),
         "guidance/parsed": mean(g.feedback is not None for _, g in asked),
+        "guidance/closed": mean(g.closed for _, g in asked),
+        "guidance/cached": mean(g.cached for _, g in asked),
         "guidance/verdict_agrees": mean(verdicts),
     }
     for reason in SKIP_REASONS:

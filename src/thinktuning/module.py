@@ -10,7 +10,6 @@ How it differs from the paper and from the authors' recipe:
 * The teacher's reply is constrained to its tagged form (option: free, as ``configs/gsm8k.yaml``).
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,8 +35,14 @@ from thinktuning.engines import (
     derive_seed,
 )
 from thinktuning.errors import InputError
-from thinktuning.metrics import rollout_means
-from thinktuning.objective import Mean, ObjectiveConfig, policy_loss, token_weights
+from thinktuning.metrics import StepMetrics, rollout_means
+from thinktuning.objective import (
+    Mean,
+    ObjectiveConfig,
+    policy_loss,
+    sampling_gap,
+    token_weights,
+)
 from thinktuning.policy import completion_logprobs, end_of_turn_ids, load_model, load_tokenizer
 from thinktuning.rewards import MathReward, Reward, score, verify_math
 from thinktuning.tensors import policy_inputs, split, trim, with_advantages
@@ -55,10 +60,11 @@ class ThinkTuningModule(LightningModule):
     Args:
         pretrained: The student: hub id, local folder, or embedded for SmolLM2-135M-Instruct from
             the package index. The frozen reference begins as the same weights.
-        engine: Samples the student's answers.
+        engine: Samples the student's answers, and the teacher's where it has no engine of its own.
         group_size: Answers per question, at least 2.
         max_new_tokens: Length limit of an answer, the injected part included.
-        temperature: Of sampling; the policy is softmax(logits / temperature). Positive.
+        temperature: Of sampling; the policy is softmax(logits / temperature). Positive. There is no
+            top-p or top-k, since the ratio to a policy with a part cut off would be wrong.
         num_mini_batches: Optimizer steps per rollout batch; divides the questions of a rank.
         micro_batch_size: Rollouts in one forward and backward pass; the result doesn't depend on
             it.
@@ -107,6 +113,11 @@ class ThinkTuningModule(LightningModule):
             faults.append(f"temperature must be positive, got {temperature}")
         if max_grad_norm is not None and max_grad_norm <= 0:
             faults.append(f"max_grad_norm must be positive or null, got {max_grad_norm}")
+        if getattr(engine, "pretrained", None) is not None:
+            faults.append(
+                "its engine samples from the trained weights: leave out engine.pretrained, "
+                "which is for a teacher (guidance.teacher)"
+            )
         if faults:
             raise InputError("model: " + "; ".join(faults))
         self.automatic_optimization = False
@@ -127,7 +138,6 @@ class ThinkTuningModule(LightningModule):
         self.seed = seed
         self.val_accuracy, self.val_no_answer = MeanMetric(), MeanMetric()
         self.val_length, self.val_cut_off = MeanMetric(), MeanMetric()
-        self._seconds: dict[str, float] = {}
 
     # ---------------------------------------------------------------- models
 
@@ -198,23 +208,35 @@ class ThinkTuningModule(LightningModule):
         Returns:
             For callbacks: ``rollouts``, the scored RolloutBatch, and ``metrics``, what was logged.
         """
-        self._seconds = {}
-        started = time.perf_counter()
-        with self._stage("rollout"):
-            rollouts = self._sample(prompts)
-        for callback in self._stages():
-            with self._stage(callback.stage):
-                rollouts = callback.on_rollouts(self.trainer, self, rollouts)
-        with self._stage("reward"):
-            rollouts = score(rollouts, self.rewards)
-            rollouts = with_advantages(rollouts, self.objective.advantage_scale)
-        with self._stage("logprobs"):
-            inputs = self._with_fixed_logprobs(policy_inputs(rollouts, self.device))
-        with self._stage("update"):
-            means, weight_max = self._update(inputs)
-        self._seconds["step"] = time.perf_counter() - started
-        values = self._log_step(rollouts, rollout_means(rollouts) | means, weight_max)
-        return {"rollouts": rollouts, "metrics": values}
+        metrics = StepMetrics()
+        with metrics.timed("step"):
+            with self._stage("sync", metrics):
+                self._give_weights()
+            with self._stage("rollout", metrics):
+                rollouts = self._sample(prompts)
+            for callback in self._stages():
+                with self._stage(callback.stage, metrics):
+                    rollouts = callback.on_rollouts(self.trainer, self, rollouts)
+            self.engine.sleep()
+            with self._stage("reward", metrics):
+                rollouts = score(rollouts, self.rewards)
+                rollouts = with_advantages(rollouts, self.objective.advantage_scale)
+            with self._stage("logprobs", metrics):
+                inputs = self._with_fixed_logprobs(policy_inputs(rollouts, self.device))
+                self._compare_idle(inputs, metrics)
+            with self._stage("update", metrics):
+                trained_tokens = self._update(inputs, metrics)
+        metrics.add(rollout_means(rollouts))
+        sampled_tokens = sum(len((r.original or r).completion_ids) for r in rollouts.rollouts)
+        for name, tokens in (("rollout", sampled_tokens), ("update", trained_tokens)):
+            seconds = metrics.seconds[name] / self.trainer.world_size
+            metrics.add({f"tokens_per_second/{name}": Mean(tokens, seconds)})
+        return {"rollouts": rollouts, "metrics": self._log_step(rollouts.step, metrics)}
+
+    def _give_weights(self) -> None:
+        """Make the engine sample from the policy as it is now."""
+        self.engine.wake()
+        self.engine.load_weights(self.policy, self.tokenizer)
 
     def _sample(self, prompts: Sequence[Prompt]) -> RolloutBatch:
         """Stage 1: the student answers every question ``group_size`` times."""
@@ -229,14 +251,25 @@ class ThinkTuningModule(LightningModule):
             for p in prompts
         ]
         params = SamplingParams(self.max_new_tokens, self.stop_ids, self.temperature)
-        self.engine.load_weights(self.policy)
-        groups = self.engine.sample([p.token_ids for p in prompts], seeds, params)
+        groups = self._complete(prompts, seeds, params)
         rollouts = [
             self._rollout(prompt, i, completion)
             for prompt, group in zip(prompts, groups, strict=True)
             for i, completion in enumerate(group)
         ]
         return RolloutBatch(step, self.group_size, tuple(rollouts))
+
+    def _complete(
+        self, prompts: Sequence[Prompt], seeds: list[list[int]], params: SamplingParams
+    ) -> list[list[Completion]]:
+        longest, limit = max(len(p.token_ids) for p in prompts), self.engine.context_length
+        if limit is not None and longest + params.max_new_tokens > limit:
+            raise InputError(
+                f"model: a prompt of {longest} tokens and max_new_tokens={params.max_new_tokens} "
+                f"need more than the {limit} positions that the model or its engine has; lower "
+                f"model.max_new_tokens or data.max_prompt_tokens"
+            )
+        return self.engine.sample([p.token_ids for p in prompts], seeds, params)
 
     def _rollout(self, prompt: Prompt, sample: int, completion: Completion) -> Rollout:
         return Rollout(
@@ -272,41 +305,56 @@ class ThinkTuningModule(LightningModule):
             rows.append(nn.functional.pad(logprobs, (0, width - logprobs.shape[1])))
         return torch.cat(rows)
 
-    def _update(self, inputs: PolicyInputs) -> tuple[dict[str, Mean], Tensor]:
-        """Stage 3: one optimizer step per mini-batch."""
+    def _compare_idle(self, inputs: PolicyInputs, metrics: StepMetrics) -> None:
+        """Compare engine and trainer on some rollouts where the update will read none."""
+        if self.num_mini_batches == 1 and not self._without_idle_rows(inputs).input_ids.shape[0]:
+            some = inputs.rows(slice(0, self.micro_batch_size))
+            self._compare(self._frozen_logprobs(self.policy, some), some, metrics)
+
+    def _compare(self, logprobs: Tensor, inputs: PolicyInputs, metrics: StepMetrics) -> None:
+        """Note how far the engine's logprobs are from the trainer's at the same weights."""
+        assert inputs.sampling_logprobs is not None
+        sampled = inputs.completion_mask & ~inputs.injected_mask
+        gap = sampling_gap(logprobs, inputs.sampling_logprobs, sampled)
+        metrics.add({"engine/logprob_gap": gap.mean, "engine/kl": gap.k3})
+        metrics.peak("engine/logprob_gap", gap.maximum)
+
+    def _update(self, inputs: PolicyInputs, metrics: StepMetrics) -> int:
+        """Stage 3: one optimizer step per mini-batch.
+
+        Returns:
+            Completion tokens that were trained on.
+        """
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(scheduler, LambdaLR)
-        total: dict[str, Mean] = {}
-        weight_max = inputs.advantages.new_zeros(())
+        trained_tokens = 0
         size = inputs.input_ids.shape[0] // self.num_mini_batches
         for number, mini in enumerate(split(inputs, size), start=1):
             optimizer.zero_grad()
             weighted = self._without_idle_rows(self._with_token_weights(mini))
-            _add(total, {"update/tokens": Mean(weighted.completion_mask.sum(), 1)})
+            trained_tokens += int(weighted.completion_mask.sum())
             for micro in split(weighted, self.micro_batch_size):
-                means, micro_max = self._backward(trim(micro))
-                _add(total, means)
-                weight_max = torch.maximum(weight_max, micro_max)
+                self._backward(trim(micro), metrics)
             self._fill_missing_gradients()
             norm = self._clip_gradients()
             finite = bool(norm.isfinite())
             if not finite:
                 optimizer.zero_grad(set_to_none=True)  # the optimizer passes over missing gradients
             clean_norm = norm.item() if finite else 0.0
-            _add(total, {"optimizer/grad_norm": Mean(clean_norm, int(finite))})
-            _add(total, {"optimizer/skipped_steps": Mean(int(not finite), 1)})
+            metrics.add({"optimizer/grad_norm": Mean(clean_norm, int(finite))})
+            metrics.add({"optimizer/skipped_steps": Mean(int(not finite), 1)})
             if number < self.num_mini_batches:
                 # Past Lightning's wrapper, so that global_step counts rollout batches.
                 self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
             else:
                 optimizer.step()
-        _add(total, {"optimizer/learning_rate": Mean(scheduler.get_last_lr()[0], 1)})
+        metrics.add({"optimizer/learning_rate": Mean(scheduler.get_last_lr()[0], 1)})
         scheduler.step()
         # The losses of a step's micro-batches and ranks add up to world_size times its loss, and
         # each rank counts its steps.
-        _add(total, {"objective/loss": Mean(0.0, self.num_mini_batches)})
-        return total, weight_max
+        metrics.add({"objective/loss": Mean(0.0, self.num_mini_batches)})
+        return trained_tokens
 
     def _with_token_weights(self, mini: PolicyInputs) -> PolicyInputs:
         """Weigh every token by its share in the mean over this optimizer step on all ranks."""
@@ -337,7 +385,7 @@ class ThinkTuningModule(LightningModule):
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _backward(self, micro: PolicyInputs) -> tuple[dict[str, Mean], Tensor]:
+    def _backward(self, micro: PolicyInputs, metrics: StepMetrics) -> None:
         scores = completion_logprobs(self.policy, micro, self.temperature)
         scores.logprobs.retain_grad()
         output = policy_loss(replace(micro, logprobs=scores.logprobs), self.objective)
@@ -347,12 +395,18 @@ class ThinkTuningModule(LightningModule):
         means = {f"objective/{name}": value for name, value in output.metrics.items()}
         for name in ("shaping_weight", "shaping_masked"):
             means[name.replace("_", "/")] = means.pop(f"objective/{name}")
-        means |= {
-            "objective/loss": Mean(output.loss.detach(), 0),
-            "objective/entropy": Mean(scores.entropy.sum(), micro.completion_mask.sum()),
-            "shaping/gradient_share": Mean(signal[micro.injected_mask].sum(), signal.sum()),
-        }
-        return means, output.weight_max
+        metrics.add(means)
+        metrics.add(
+            {
+                "objective/loss": Mean(output.loss.detach(), 0),
+                "objective/entropy": Mean(scores.entropy.sum(), micro.completion_mask.sum()),
+                "shaping/gradient_share": Mean(signal[micro.injected_mask].sum(), signal.sum()),
+            }
+        )
+        metrics.peak("shaping/weight", output.weight_max)
+        # Logprobs at the weights that sampled: the first update's own.
+        at_sampling = scores.logprobs if micro.old_logprobs is None else micro.old_logprobs
+        self._compare(at_sampling, micro, metrics)
 
     def _clip_gradients(self) -> Tensor:
         """Clip to ``max_grad_norm``; the norm before clipping."""
@@ -364,6 +418,17 @@ class ThinkTuningModule(LightningModule):
 
     # ------------------------------------------------------------ validation
 
+    def on_validation_start(self) -> None:
+        """Give the engine the weights to evaluate."""
+        self._give_weights()
+
+    def on_validation_end(self) -> None:
+        """Free the device for training."""
+        self.engine.sleep()
+
+    on_test_start = on_validation_start
+    on_test_end = on_validation_end
+
     def validation_step(self, prompts: list[Prompt], batch_idx: int) -> None:
         """Greedy answers of the student, without guidance."""
         self._evaluate(prompts, "val")
@@ -374,8 +439,7 @@ class ThinkTuningModule(LightningModule):
 
     def _evaluate(self, prompts: Sequence[Prompt], prefix: str) -> None:
         params = SamplingParams(self.max_new_tokens, self.stop_ids, temperature=0.0)
-        self.engine.load_weights(self.policy)
-        groups = self.engine.sample([p.token_ids for p in prompts], [[0]] * len(prompts), params)
+        groups = self._complete(prompts, [[0]] * len(prompts), params)
         for prompt, (completion,) in zip(prompts, groups, strict=True):
             rollout = self._rollout(prompt, 0, completion)
             outcome = verify_math(rollout.text, prompt.answer, rollout.finished)
@@ -391,47 +455,27 @@ class ThinkTuningModule(LightningModule):
     # --------------------------------------------------------------- logging
 
     @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
+    def _stage(self, name: str, metrics: StepMetrics) -> Iterator[None]:
         """Time a stage and tell the callbacks that it begins."""
         for callback in self._callbacks():
             if isinstance(callback, StageObserver):
                 callback.on_stage(self.trainer, self, name)
-        started = time.perf_counter()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+        with metrics.timed(name):
+            yield
 
-    def _log_step(
-        self, rollouts: RolloutBatch, means: dict[str, Mean], weight_max: Tensor
-    ) -> dict[str, float]:
-        """Log a step's numbers, each over all ranks; a mean over nothing isn't logged."""
-        trained_tokens = float(means.pop("update/tokens").total)
-        sampled = sum(len((r.original or r).completion_ids) for r in rollouts.rollouts)
-        means = means | {f"seconds/{name}": Mean(s, 1) for name, s in self._seconds.items()}
-        for name, tokens in (("rollout", sampled), ("update", trained_tokens)):
-            seconds = self._seconds[name] / self.trainer.world_size
-            means[f"tokens_per_second/{name}"] = Mean(tokens, seconds)
-        table = torch.tensor(
-            [[float(m.total), float(m.weight)] for m in means.values()],
-            dtype=torch.float64,
-            device=self.device,
-        )
-        sums = zip(means, self._sum_over_ranks(table).tolist(), strict=True)
-        values = {name: total / weight for name, (total, weight) in sums if weight > 0}
-        weight_max = self.trainer.strategy.reduce(weight_max, reduce_op="max")
-        if "shaping/weight" in values:
-            values["shaping/weight_max"] = weight_max.item()
+    def _log_step(self, step: int, metrics: StepMetrics) -> dict[str, float]:
+        """Log a step's numbers, each over all ranks."""
+        values = metrics.over_ranks(self.trainer.strategy)
         values["reward"] = values.pop("reward/all")
         # Not self.log, which would repeat the last value of whatever this step has none of.
         for logger in self.loggers:
-            logger.log_metrics(values, step=rollouts.step)
+            logger.log_metrics(values, step=step)
         # For the progress bar and for callbacks that monitor a metric.
         self.log("reward", values["reward"], prog_bar=True, logger=False, batch_size=1)
         others = {name: value for name, value in values.items() if name != "reward"}
         self.log_dict(others, logger=False, batch_size=1)
         return values
 
-
-def _add(total: dict[str, Mean], means: dict[str, Mean]) -> None:
-    for name, value in means.items():
-        old = total.get(name, Mean(0.0, 0.0))
-        total[name] = Mean(old.total + value.total, old.weight + value.weight)
+    def teardown(self, stage: str) -> None:
+        """Release the engine."""
+        self.engine.close()

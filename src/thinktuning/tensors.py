@@ -30,7 +30,7 @@ def policy_inputs(batch: RolloutBatch, device: torch.device) -> PolicyInputs:
         device: Where the tensors are to be.
 
     Returns:
-        Inputs of all B rollouts in their order, without logprobs.
+        Inputs of all B rollouts in their order, without the trainer's logprobs.
     """
     rollouts = batch.rollouts
     prompt_length = max(len(r.prompt.token_ids) for r in rollouts)
@@ -39,12 +39,14 @@ def policy_inputs(batch: RolloutBatch, device: torch.device) -> PolicyInputs:
     input_ids = torch.zeros(shape, dtype=torch.long)
     attention_mask = torch.zeros(shape, dtype=torch.bool)
     injected_mask = torch.zeros(len(rollouts), completion_length, dtype=torch.bool)
+    sampling_logprobs = torch.zeros(len(rollouts), completion_length)
     for i, r in enumerate(rollouts):
         start = prompt_length - len(r.prompt.token_ids)
         stop = prompt_length + len(r.completion_ids)
         input_ids[i, start:stop] = torch.tensor([*r.prompt.token_ids, *r.completion_ids])
         attention_mask[i, start:stop] = True
         injected_mask[i, : len(r.completion_ids)] = torch.tensor(r.injected_mask)
+        sampling_logprobs[i, : len(r.completion_ids)] = torch.tensor(r.logprobs)
     advantages = torch.tensor([r.advantage for r in rollouts], dtype=torch.float32)
     return PolicyInputs(
         input_ids=input_ids.to(device),
@@ -52,6 +54,7 @@ def policy_inputs(batch: RolloutBatch, device: torch.device) -> PolicyInputs:
         completion_mask=attention_mask[:, prompt_length:].to(device),
         injected_mask=injected_mask.to(device),
         advantages=advantages.to(device),
+        sampling_logprobs=sampling_logprobs.to(device),
     )
 
 
@@ -82,5 +85,6 @@ def trim(inputs: PolicyInputs) -> PolicyInputs:
         logprobs=completion(inputs.logprobs),
         old_logprobs=completion(inputs.old_logprobs),
         ref_logprobs=completion(inputs.ref_logprobs),
+        sampling_logprobs=completion(inputs.sampling_logprobs),
         token_weights=completion(inputs.token_weights),
     )

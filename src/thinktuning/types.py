@@ -59,15 +59,19 @@ class Guidance:
 
     Attributes:
         behaviors: Names of the behaviors that the teacher was shown.
-        text: The teacher's reply as decoded; empty where the teacher was not asked.
+        text: The teacher's reply as decoded; empty where there is none.
         feedback: The parsed reply; None where it did not parse.
         skipped: Why the rollout stays unguided; None as long as nothing speaks against injection.
+        closed: The length limit cut the reply off, and a second request has closed it.
+        cached: The reply was read from the disk.
     """
 
     behaviors: tuple[str, ...]
     text: str = ""
     feedback: Feedback | None = None
     skipped: str | None = None
+    closed: bool = False
+    cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,8 @@ class PolicyInputs:
         old_logprobs: float32 [B, T], nats, of the policy that sampled; None on the first update
             after sampling, where they equal ``logprobs``.
         ref_logprobs: float32 [B, T], nats, of the frozen reference; None without a KL term.
+        sampling_logprobs: float32 [B, T], nats, as the engine that sampled gave them; NaN where
+            injected.
         token_weights: float32 [B, T]; share of each token in the mean of the whole optimizer step
             over all ranks. None: these rows are the whole step.
     """
@@ -170,6 +176,7 @@ class PolicyInputs:
     logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    sampling_logprobs: Tensor | None = None
     token_weights: Tensor | None = None
 
     def rows(self, chosen: slice | Tensor) -> "PolicyInputs":

@@ -3,24 +3,28 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import lazy_instance
 from lightning.pytorch import LightningModule, Trainer
 
 from thinktuning.callbacks.base import RolloutCallback
-from thinktuning.data import render_prompt
-from thinktuning.engines import Engine, SamplingParams, TransformersEngine, derive_seed
+from thinktuning.engines import Engine, derive_seed
 from thinktuning.errors import InputError
 from thinktuning.teaching import (
     Behavior,
+    CachedTeacher,
+    FeedbackForm,
     GammaSchedule,
-    feedback_pattern,
+    Reply,
+    ReplyParams,
+    Teacher,
+    ask_in_form,
     guided_count,
     load_behaviors,
     parse_feedback,
     select_guided,
-    teacher_messages,
+    teacher_chat,
 )
 from thinktuning.types import Guidance, Rollout, RolloutBatch
 
@@ -33,23 +37,26 @@ FOUR_BEHAVIORS = ["self_conflict", "self_agreement", "self_critique", "self_cons
 
 
 class TeacherGuidance(RolloutCallback):
-    """Selects rollouts of every group and attaches the teacher's feedback to them.
+    r"""Selects rollouts of every group and attaches the teacher's feedback to them.
 
-    The teacher is the frozen reference and decodes greedily. Feedback that doesn't parse is
-    dropped; that rollout stays unguided. Constrained decoding makes every reply parse that ends
-    within the length limit: its probabilities are never used, so that masking them does no harm.
+    The teacher decodes greedily. Feedback that doesn't parse is dropped; that rollout stays
+    unguided. Constrained replies all parse: their probabilities are never used, so that masking
+    them does no harm.
 
     Args:
-        gamma: The guided fraction of every group and how it changes over the run.
+        gamma: Guided fraction of every group and how it changes over the run.
         behaviors: What the teacher is to show: names of shipped behaviors (self_conflict,
             self_agreement, self_critique, self_consultancy, catchphrase) or paths of .yaml files
             of the same form.
         max_prompt_tokens: A rollout whose teacher prompt is longer stays unguided.
         max_new_tokens: Length limit of the teacher's reply.
-        constrained: Keep replies to the tagged form, with at most max_new_tokens characters in the
-            reflection and in the continuation; false lets the teacher write freely, as in the
-            paper.
-        teacher: Engine that decodes the replies; it is given the weights of the frozen reference.
+        constrained: Keep replies to the tagged form and end every one of them within
+            max_new_tokens; false lets the teacher write freely, as in the paper.
+        boxed: A constrained reply's continuation ends with \boxed{…}.
+        teacher: Who replies: an engine with weights of its own (pretrained), one that gets those
+            of the frozen reference, or a server. null: the frozen reference, in the student's
+            engine.
+        cache: Folder for the teacher's replies, so that none is paid for twice; null keeps none.
     """
 
     stage = "guidance"
@@ -61,27 +68,34 @@ class TeacherGuidance(RolloutCallback):
         max_prompt_tokens: int = 3072,
         max_new_tokens: int = 1024,
         constrained: bool = True,
-        teacher: Engine = lazy_instance(TransformersEngine),  # noqa: B008
+        boxed: bool = False,
+        teacher: Teacher | None = None,
+        cache: str | None = None,
     ) -> None:
         if max_prompt_tokens < 1 or max_new_tokens < 1:
             raise InputError("guidance: max_prompt_tokens and max_new_tokens must be at least 1")
+        if boxed and not constrained:
+            raise InputError("guidance: boxed needs constrained, which makes replies keep to it")
         self.gamma = gamma
         self.behaviors: tuple[Behavior, ...] = load_behaviors(behaviors)
         self.max_prompt_tokens = max_prompt_tokens
         self.max_new_tokens = max_new_tokens
-        self.pattern = feedback_pattern(max_new_tokens) if constrained else None
-        self.planned_steps: int | None = None
+        self.form = FeedbackForm(max_new_tokens, boxed) if constrained else None
         self.teacher = teacher
+        self.cache = None if cache is None else Path(cache).expanduser()
+        self.planned_steps: int | None = None
 
     def needs_reference(self) -> bool:
-        """The frozen reference is the teacher, unless gamma is 0 throughout."""
-        return self.gamma.start > 0
+        """A teacher without weights of its own is the frozen reference, unless gamma stays 0."""
+        own = self.teacher is not None and not self.teacher.needs_weights
+        return self.gamma.start > 0 and not own
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the length of the schedule; a resumed run keeps the one it began with."""
         if self.gamma.start == 0:
-            self.planned_steps = self.planned_steps or 1
             return
+        if self.teacher is not None:
+            self.teacher.start()
         planned = _planned_steps(trainer)
         if self.planned_steps is None:
             self.planned_steps = planned
@@ -97,6 +111,8 @@ class TeacherGuidance(RolloutCallback):
         self, trainer: Trainer, module: "ThinkTuningModule", rollouts: RolloutBatch
     ) -> RolloutBatch:
         """Ask the teacher about the selected rollouts."""
+        if self.gamma.start == 0:
+            return rollouts
         assert self.planned_steps is not None, "on_train_start must come first"
         gamma = self.gamma.at(rollouts.step, self.planned_steps)
         module.log("guidance/gamma", gamma, batch_size=1)
@@ -124,30 +140,37 @@ class TeacherGuidance(RolloutCallback):
         return selected
 
     def _ask(self, module: "ThinkTuningModule", rollouts: Sequence[Rollout]) -> list[Guidance]:
-        prompts = [
-            render_prompt(
-                module.tokenizer, teacher_messages(self.behaviors, r.prompt.question, r.text)
-            )
-            for r in rollouts
-        ]
-        fits = [len(p) <= self.max_prompt_tokens for p in prompts]
-        asked = [p for p, fit in zip(prompts, fits, strict=True) if fit]
-        params = SamplingParams(self.max_new_tokens, module.stop_ids, 0.0, self.pattern)
-        self.teacher.load_weights(module.reference, module.tokenizer)
-        replies = self.teacher.sample(asked, [[0]] * len(asked), params) if asked else []
+        teacher = self._ready_teacher(module)
+        chats = [teacher_chat(self.behaviors, r.prompt.question, r.text) for r in rollouts]
+        if self.form is None:
+            params = ReplyParams(self.max_new_tokens, self.max_prompt_tokens)
+            replies = teacher.reply(chats, params)
+        else:
+            replies = ask_in_form(teacher, chats, self.form, self.max_prompt_tokens)
+        if self.teacher is not None:
+            self.teacher.sleep()
+        return [self._guidance(reply) for reply in replies]
+
+    def _ready_teacher(self, module: "ThinkTuningModule") -> Teacher:
+        """The teacher, awake and with its weights; what it has said before is on the disk."""
+        teacher = module.engine if self.teacher is None else self.teacher
+        teacher.wake()
+        if isinstance(teacher, Engine) and teacher.needs_weights:
+            teacher.load_weights(module.reference, module.tokenizer)
+        return teacher if self.cache is None else CachedTeacher(teacher, self.cache)
+
+    def _guidance(self, reply: Reply) -> Guidance:
         names = tuple(b.name for b in self.behaviors)
-        reply = iter(replies)
-        guidance = []
-        for fit in fits:
-            if not fit:
-                guidance.append(Guidance(names, skipped="prompt_too_long"))
-                continue
-            (completion,) = next(reply)
-            text = module.decode(completion.token_ids)
-            feedback = parse_feedback(text)
-            skipped = "unparsed" if feedback is None else None
-            guidance.append(Guidance(names, text, feedback, skipped))
-        return guidance
+        if reply.skipped is not None:
+            return Guidance(names, skipped=reply.skipped)
+        feedback = parse_feedback(reply.text)
+        skipped = "unparsed" if feedback is None else None
+        return Guidance(names, reply.text, feedback, skipped, reply.closed, reply.cached)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Release the teacher."""
+        if self.teacher is not None:
+            self.teacher.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The length of gamma's schedule; its position is the run's global step."""

@@ -2,7 +2,6 @@
 
 from thinktuning.data.gsm8k import GSM8KDataModule
 from thinktuning.data.loader import PromptLoader
-from thinktuning.data.prompts import render_prompt
 from thinktuning.data.sources import Question, load_questions, parse_gold
 
 __all__ = [
@@ -11,5 +10,4 @@ __all__ = [
     "Question",
     "load_questions",
     "parse_gold",
-    "render_prompt",
 ]

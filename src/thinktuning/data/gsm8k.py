@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from lightning.pytorch import LightningDataModule
 
 from thinktuning.data.loader import PromptLoader
-from thinktuning.data.prompts import Message, render_prompt
 from thinktuning.data.sources import Question, load_questions
 from thinktuning.errors import InputError
-from thinktuning.policy import load_tokenizer
+from thinktuning.policy import Message, load_tokenizer, render_prompt
 from thinktuning.types import Prompt
 
 log = logging.getLogger(__name__)

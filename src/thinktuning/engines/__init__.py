@@ -1,7 +1,17 @@
 """Engines: token ids in, sampled token ids and their logprobs out."""
 
 from thinktuning.engines.base import Completion, Engine, SamplingParams
+from thinktuning.engines.openai import OpenAIEngine
 from thinktuning.engines.seeding import derive_seed
 from thinktuning.engines.transformers import TransformersEngine
+from thinktuning.engines.vllm import VLLMEngine
 
-__all__ = ["Completion", "Engine", "SamplingParams", "TransformersEngine", "derive_seed"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "OpenAIEngine",
+    "SamplingParams",
+    "TransformersEngine",
+    "VLLMEngine",
+    "derive_seed",
+]

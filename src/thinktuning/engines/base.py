@@ -1,17 +1,24 @@
 """What the trainer asks of an engine."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
 from typing import Literal
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from thinktuning.policy import end_of_turn_ids, render_prompt
+from thinktuning.teaching import Chat, Reply, ReplyParams, Teacher
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample.
+    """How to sample. There is no top-p or top-k: they would cut off the support of the policy, and
+    the ratio between the policy and its sampler would be wrong.
 
     Attributes:
         max_new_tokens: Length limit of a completion, end-of-turn token included.
@@ -42,8 +49,21 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
-class Engine(ABC):
-    """Samples completions from the weights that it was given last."""
+class Engine(Teacher):
+    """Samples completions from the weights that it was given last: the student's, or a teacher's.
+
+    Args:
+        pretrained: Of a teacher with weights of its own: hub id, folder, or embedded. None: it
+            samples from what ``load_weights`` gives it.
+    """
+
+    def __init__(self, pretrained: str | None = None) -> None:
+        self.pretrained = pretrained
+        self.needs_weights = pretrained is None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._stop_ids: tuple[int, ...] = ()
+        self._described: PreTrainedModel | None = None
+        self._identity = ""
 
     @abstractmethod
     def load_weights(
@@ -53,7 +73,7 @@ class Engine(ABC):
 
         Args:
             model: A causal language model.
-            tokenizer: Its tokenizer; needed for sampling with a pattern.
+            tokenizer: Its tokenizer; needed for replies and for sampling with a pattern.
         """
 
     @abstractmethod
@@ -74,3 +94,68 @@ class Engine(ABC):
         Returns:
             For each prompt its completions, in the order of its seeds.
         """
+
+    @property
+    @abstractmethod
+    def context_length(self) -> int | None:
+        """Tokens that a prompt and its completion may have together; None: no limit is known."""
+
+    @property
+    def identity(self) -> str:
+        """Kind of engine, model, revision and precision."""
+        return f"{type(self).__name__} {self._identity}"
+
+    def reply(self, chats: Sequence[Chat], params: ReplyParams) -> list[Reply]:
+        """Render chats by the model's own template, decode greedily; see ``Teacher``."""
+        tokenizer = self._tokenizer
+        assert tokenizer is not None, "a teacher needs its tokenizer: give it to load_weights"
+        limit = params.max_prompt_tokens
+        if self.context_length is not None:
+            limit = min(limit, self.context_length - params.max_new_tokens)
+        prompts = [render_prompt(tokenizer, chat) for chat in chats]
+        asked = [p for p in prompts if len(p) <= limit]
+        sampling = SamplingParams(params.max_new_tokens, self._stop_ids, 0.0, params.pattern)
+        groups = iter(self.sample(asked, [[0]] * len(asked), sampling) if asked else [])
+        replies = []
+        for prompt in prompts:
+            if len(prompt) > limit:
+                replies.append(Reply(skipped="prompt_too_long"))
+                continue
+            (completion,) = next(groups)
+            text = tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
+            assert isinstance(text, str)
+            replies.append(Reply(text, cut_off=completion.finish_reason == "length"))
+        return replies
+
+    def _describe(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Note whose weights these are, for replies."""
+        if tokenizer is None or model is self._described:
+            return
+        self._described = model
+        self._tokenizer = tokenizer
+        self._stop_ids = end_of_turn_ids(tokenizer, model.generation_config)
+        self._identity = model_identity(model)
+
+
+def model_identity(model: PreTrainedModel) -> str:
+    """Name, revision and precision of a model as it was loaded."""
+    config = model.config
+    quantization = getattr(config, "quantization_config", None)
+    bits = "" if quantization is None else repr(quantization.to_dict())
+    name = str(model.name_or_path)
+    return f"{name} {revision(name)} {model.dtype} {bits}".strip()
+
+
+def revision(name: str) -> str | None:
+    """What distinguishes the weights of a name over time.
+
+    For a folder a hash over the names, sizes and times of its files, for a hub id the commit in
+    the local cache; None where there is neither.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        files = sorted(p for p in folder.iterdir() if p.is_file())
+        listed = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        return blake2b(repr(listed).encode(), digest_size=8).hexdigest()
+    cached = try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent.name if isinstance(cached, str) else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from thinktuning.engines.base import Completion, Engine, SamplingParams
 from thinktuning.engines.grammar import GrammarCompiler, GrammarMasks
 from thinktuning.errors import InputError
+from thinktuning.policy import load_model, load_tokenizer
 
 
 class TransformersEngine(Engine):
@@ -21,23 +23,56 @@ class TransformersEngine(Engine):
 
     Args:
         max_batch_size: Completions decoded at a time, >= 1; a prompt's group stays together.
+        pretrained: Of a teacher with weights of its own: hub id, folder, or embedded. null: the
+            student's weights, or those of the frozen reference.
+        quantization: Loads those weights in 4 or 8 bits through bitsandbytes; null doesn't.
     """
 
-    def __init__(self, max_batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        max_batch_size: int = 64,
+        pretrained: str | None = None,
+        quantization: Literal["4bit", "8bit"] | None = None,
+    ) -> None:
+        super().__init__(pretrained)
         if max_batch_size < 1:
             raise InputError(f"engine: max_batch_size must be at least 1, got {max_batch_size}")
+        if quantization is not None and pretrained is None:
+            raise InputError("engine: quantization needs pretrained, the weights to quantise")
         self.max_batch_size = max_batch_size
+        self.quantization = quantization
         self._model: PreTrainedModel | None = None
         self._grammars: GrammarCompiler | None = None
+
+    def start(self) -> None:
+        """Load the teacher's own weights onto the device that torch computes on."""
+        if self.pretrained is None or self._model is not None:
+            return
+        on_gpu = torch.cuda.is_available()
+        model = load_model(
+            self.pretrained,
+            dtype="auto" if on_gpu else torch.float32,
+            quantization=self.quantization,
+        )
+        if on_gpu and self.quantization is None:
+            model.to(torch.device("cuda"))  # type: ignore[arg-type]
+        self.load_weights(model, load_tokenizer(self.pretrained))
 
     def load_weights(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
         """Keep a reference to ``model``; its later updates show by themselves."""
         self._model = model
+        self._describe(model, tokenizer)
         known = None if self._grammars is None else self._grammars.tokenizer
         if tokenizer is not None and tokenizer is not known:
             self._grammars = GrammarCompiler(tokenizer, model.config.vocab_size)
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions that the model was made for."""
+        assert self._model is not None, "load_weights must come first"
+        return getattr(self._model.config, "max_position_embeddings", None)
 
     @torch.no_grad()
     def sample(

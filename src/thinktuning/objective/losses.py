@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from thinktuning.errors import InputError
+from thinktuning.objective.means import Mean, masked_mean
+from thinktuning.objective.mismatch import importance_weight
 from thinktuning.objective.shaping import advantage_aware_weight, luffy_weight, unshaped_weight
 from thinktuning.types import PolicyInputs
 
@@ -35,6 +37,10 @@ class ObjectiveConfig:
         c_max: Bound of the AAS coefficient; less than mask_below.
         advantage_bound: Advantage at which the AAS coefficient reaches c_max.
         mask_below: AAS masks tokens below this probability where the advantage is negative.
+        importance: Weigh own tokens by min(pi_trainer / pi_engine, importance_cap), since an engine
+            such as vLLM samples from a slightly different policy: by token, by sequence (the
+            product over a rollout), or none.
+        importance_cap: Upper bound of that weight.
     """
 
     clip_eps: float = 0.2
@@ -48,6 +54,8 @@ class ObjectiveConfig:
     c_max: float = 1e-3
     advantage_bound: float = 4.0
     mask_below: float = 0.01
+    importance: Literal["none", "token", "sequence"] = "none"
+    importance_cap: float = 2.0
 
     def __post_init__(self) -> None:
         faults = [
@@ -65,6 +73,8 @@ class ObjectiveConfig:
             faults.append(f"kl_coef must not be negative, got {self.kl_coef}")
         if not self.advantage_bound > 0:
             faults.append(f"advantage_bound must be positive, got {self.advantage_bound}")
+        if not self.importance_cap > 0:
+            faults.append(f"importance_cap must be positive, got {self.importance_cap}")
         if not 0 < self.c_max < self.mask_below < 1:
             faults.append(
                 f"0 < c_max < mask_below < 1 must hold, else AAS has a pole at pi = c_max; "
@@ -72,13 +82,6 @@ class ObjectiveConfig:
             )
         if faults:
             raise InputError("objective: " + "; ".join(faults))
-
-
-class Mean(NamedTuple):
-    """A mean in the making: add up over micro-batches and ranks, then divide."""
-
-    total: Tensor | float
-    weight: Tensor | float
 
 
 class LossOutput(NamedTuple):
@@ -133,12 +136,13 @@ def policy_loss(inputs: PolicyInputs, config: ObjectiveConfig) -> LossOutput:
     ``sum(weight * token_loss)`` over completion tokens, where ``token_loss`` is
 
     * own tokens: ``-min(r*A, clip(r)*A)`` with ``r = pi/pi_old``, for ``A < 0`` at most
-      ``-dual_clip*A``;
+      ``-dual_clip*A``; times the importance weight where one is asked for;
     * shaped tokens: ``-w*A`` with the configured shaping weight ``w``;
     * all tokens, if ``kl_coef > 0``: plus ``kl_coef * (x - 1 - log x)`` with ``x = pi_ref/pi``.
 
     Args:
-        inputs: With ``logprobs`` set; ``ref_logprobs`` too if ``kl_coef > 0``.
+        inputs: With ``logprobs`` set; ``ref_logprobs`` too if ``kl_coef > 0``, and
+            ``sampling_logprobs`` for an importance weight.
         config: The objective.
 
     Returns:
@@ -159,22 +163,28 @@ def policy_loss(inputs: PolicyInputs, config: ObjectiveConfig) -> LossOutput:
 
     shaped = _shaped_mask(inputs, config)
     own = mask & ~shaped
-    clipped_loss, clipped = _clipped_loss(inputs, logprobs, own, config)
+    old = logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
+    clipped_loss, clipped = _clipped_loss(inputs, logprobs, old, own, config)
+    importance = _importance_weight(inputs, old, config)
+    clipped_loss = clipped_loss * importance
     shaping_weight = _shaping_weight(logprobs, advantages, config)
     token_loss = torch.where(shaped, -shaping_weight * advantages, clipped_loss)
 
     detached_weight = shaping_weight.detach()
     metrics = {
-        "clip_fraction": _masked_mean(clipped, own),
-        "shaping_weight": _masked_mean(detached_weight, shaped),
-        "shaping_masked": _masked_mean(detached_weight == 0, shaped),
+        "clip_fraction": masked_mean(clipped, own),
+        "shaping_weight": masked_mean(detached_weight, shaped),
+        "shaping_masked": masked_mean(detached_weight == 0, shaped),
     }
+    if config.importance != "none":
+        metrics["importance"] = masked_mean(importance, own)
+        metrics["importance_capped"] = masked_mean(importance >= config.importance_cap, own)
     if config.kl_coef > 0:
         assert inputs.ref_logprobs is not None, "a KL term needs ref_logprobs"
         log_x = (inputs.ref_logprobs - logprobs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
         kl = log_x.exp() - log_x - 1
         token_loss = token_loss + config.kl_coef * kl
-        metrics["kl"] = _masked_mean(kl.detach(), mask)
+        metrics["kl"] = masked_mean(kl.detach(), mask)
 
     loss = torch.where(mask, token_loss, 0.0).mul(weights).sum()
     weight_max = detached_weight.masked_fill(~shaped, 0.0).max()
@@ -201,11 +211,10 @@ def _shaping_weight(logprobs: Tensor, advantages: Tensor, config: ObjectiveConfi
 
 
 def _clipped_loss(
-    inputs: PolicyInputs, logprobs: Tensor, own: Tensor, config: ObjectiveConfig
+    inputs: PolicyInputs, logprobs: Tensor, old: Tensor, own: Tensor, config: ObjectiveConfig
 ) -> tuple[Tensor, Tensor]:
     """PPO-clip of every token, and where its gradient is cut off: [B, T] each."""
     advantages = inputs.advantages[:, None]
-    old = logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
     log_ratio = torch.where(own, logprobs - old, 0.0).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     high = config.clip_eps if config.clip_eps_high is None else config.clip_eps_high
@@ -221,5 +230,11 @@ def _clipped_loss(
     return loss, clipped
 
 
-def _masked_mean(values: Tensor, mask: Tensor) -> Mean:
-    return Mean(values.float().masked_fill(~mask, 0.0).sum(), mask.sum())
+def _importance_weight(inputs: PolicyInputs, old: Tensor, config: ObjectiveConfig) -> Tensor:
+    if config.importance == "none":
+        return torch.ones_like(old)
+    assert inputs.sampling_logprobs is not None, "an importance weight needs sampling_logprobs"
+    sampled = inputs.completion_mask & ~inputs.injected_mask
+    return importance_weight(
+        old, inputs.sampling_logprobs, sampled, config.importance, config.importance_cap
+    )

@@ -1,6 +1,24 @@
-"""Models: loading them and asking them for logprobs."""
+"""Models: loading them, prompting them, and asking them for logprobs."""
 
-from thinktuning.policy.loading import end_of_turn_ids, load_model, load_tokenizer
+from thinktuning.policy.loading import (
+    end_of_turn_ids,
+    load_generation_config,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
 from thinktuning.policy.logprobs import completion_logprobs
+from thinktuning.policy.prompts import Message, render_prompt
+from thinktuning.policy.weights import named_weights
 
-__all__ = ["completion_logprobs", "end_of_turn_ids", "load_model", "load_tokenizer"]
+__all__ = [
+    "Message",
+    "completion_logprobs",
+    "end_of_turn_ids",
+    "load_generation_config",
+    "load_model",
+    "load_tokenizer",
+    "named_weights",
+    "render_prompt",
+    "resolve",
+]

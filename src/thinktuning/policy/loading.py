@@ -2,11 +2,17 @@
 
 from collections.abc import Iterable
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from thinktuning.errors import InputError
@@ -16,22 +22,31 @@ _UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError, Unp
 
 
 def load_model(
-    name: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+    name: str,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    attention: str = "sdpa",
+    quantization: Literal["4bit", "8bit"] | None = None,
 ) -> PreTrainedModel:
     """A causal language model in eval mode, so that dropout never blurs a probability.
 
     Args:
         name: Hub id, local folder, or ``embedded``.
-        dtype: Of the weights.
+        dtype: Of the weights; ``auto``: that of the checkpoint.
         attention: Transformers' ``attn_implementation``.
+        quantization: Loads linear weights in 4 bits (nf4) or 8 bits through bitsandbytes, for
+            inference; None doesn't.
 
     Raises:
         InputError: If ``name`` can't be loaded.
     """
-    path = _resolve(name)
+    path = resolve(name)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            quantization_config=_quantization_config(quantization, dtype),
+            output_loading_info=True,
         )
     except _UNLOADABLE as error:
         raise InputError(_cannot_load("model", name, error)) from error
@@ -45,7 +60,7 @@ def load_model(
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model; see ``load_model``."""
-    path = _resolve(name)
+    path = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except _UNLOADABLE as error:
@@ -53,6 +68,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # Transformers makes up an empty one
         raise InputError(_cannot_load("tokenizer", name, "it has no vocabulary"))
     return tokenizer
+
+
+def load_generation_config(name: str) -> GenerationConfig | None:
+    """The generation config that belongs to a model, if it has one; see ``load_model``."""
+    try:
+        return GenerationConfig.from_pretrained(resolve(name))
+    except OSError:
+        return None
 
 
 def end_of_turn_ids(
@@ -76,7 +99,21 @@ def end_of_turn_ids(
     return tuple(sorted(ids))
 
 
-def _resolve(name: str) -> str:
+def _quantization_config(
+    quantization: Literal["4bit", "8bit"] | None, dtype: torch.dtype | Literal["auto"]
+) -> BitsAndBytesConfig | None:
+    if quantization is None:
+        return None
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if dtype == "auto" else dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+    )
+
+
+def resolve(name: str) -> str:
+    """What Transformers and vLLM know a model by: the folder of the embedded one."""
     return str(embedded_model()) if name == EMBEDDED else name
 
 

@@ -1,21 +1,35 @@
 """Stage 2 and the splice of stage 3: behaviors, the teacher's prompt, feedback, injection."""
 
 from thinktuning.teaching.behaviors import Behavior, WorkedExample, load_behaviors
-from thinktuning.teaching.feedback import feedback_pattern, format_feedback, parse_feedback
+from thinktuning.teaching.cache import CachedTeacher
+from thinktuning.teaching.feedback import FeedbackForm, format_feedback, parse_feedback
 from thinktuning.teaching.injection import inject
 from thinktuning.teaching.schedule import GammaSchedule, guided_count, select_guided
-from thinktuning.teaching.teacher import teacher_messages
+from thinktuning.teaching.teacher import (
+    Chat,
+    Reply,
+    ReplyParams,
+    Teacher,
+    ask_in_form,
+    teacher_chat,
+)
 
 __all__ = [
     "Behavior",
+    "CachedTeacher",
+    "Chat",
+    "FeedbackForm",
     "GammaSchedule",
+    "Reply",
+    "ReplyParams",
+    "Teacher",
     "WorkedExample",
-    "feedback_pattern",
+    "ask_in_form",
     "format_feedback",
     "guided_count",
     "inject",
     "load_behaviors",
     "parse_feedback",
     "select_guided",
-    "teacher_messages",
+    "teacher_chat",
 ]

@@ -10,7 +10,7 @@ Message = dict[str, str]
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a chat, up to where the assistant starts to write.
+    """Token ids of a chat, up to where the assistant starts to write, or goes on writing.
 
     Uses the tokenizer's chat template, so that control tokens stand where the model expects them;
     a tokenizer without one gets the messages as paragraphs. Where the tokenizer begins texts with
@@ -18,16 +18,21 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
     Args:
         tokenizer: Of the model that reads the prompt.
-        messages: The first one is the system's; the last one the user's.
+        messages: The first one is the system's; the last one the user's, or the beginning of the
+            assistant's turn.
 
     Returns:
         The ids.
     """
+    begun = ""
+    if messages[-1]["role"] == "assistant":
+        *messages, last = messages
+        begun = last["content"]
     if tokenizer.chat_template is None:
         text = "\n\n".join(m["content"] for m in messages) + "\n\n"
     else:
         text = _apply_template(tokenizer, messages)
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    ids: list[int] = tokenizer.encode(text + begun, add_special_tokens=False)
     return _with_one_bos(tokenizer, ids)
 
 

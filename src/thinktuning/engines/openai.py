@@ -1,0 +1,154 @@
+"""A teacher behind an OpenAI-compatible server."""
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import openai
+
+from thinktuning.errors import InputError
+from thinktuning.teaching import Chat, Reply, ReplyParams, Teacher
+
+log = logging.getLogger(__name__)
+
+_PASSING = (
+    openai.APIConnectionError,  # timeouts included
+    openai.RateLimitError,
+    openai.InternalServerError,
+    openai.ConflictError,
+)
+
+
+class OpenAIEngine(Teacher):
+    """Asks a server by chat completions. It takes no weights, so that it can't be the student's.
+
+    A server that doesn't answer ends no run: after the retries that request, and what is left of
+    the step's, stays unanswered. What the server refuses (key, model, arguments) ends the run.
+
+    Args:
+        base_url: E.g. http://127.0.0.1:8000/v1.
+        model: Name of the model on the server.
+        api_key_env: Environment variable with the key; null: the server wants none.
+        concurrency: Requests at a time, >= 1.
+        timeout: Seconds that a request may take, > 0.
+        max_retries: Of a request that failed, each after a longer pause; >= 0.
+        structured_outputs: How the server takes a pattern: vllm, in its structured_outputs; none:
+            it can't, so that replies are free and some may not parse.
+        revision: Tells apart, in the cache of replies, what the server serves under one name.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        api_key_env: str | None = None,
+        concurrency: int = 16,
+        timeout: float = 120.0,
+        max_retries: int = 3,
+        structured_outputs: Literal["vllm", "none"] = "vllm",
+        revision: str | None = None,
+    ) -> None:
+        faults = []
+        if concurrency < 1:
+            faults.append(f"concurrency must be at least 1, got {concurrency}")
+        if timeout <= 0:
+            faults.append(f"timeout must be positive, got {timeout}")
+        if max_retries < 0:
+            faults.append(f"max_retries must not be negative, got {max_retries}")
+        key = "none" if api_key_env is None else os.environ.get(api_key_env)
+        if not key:
+            faults.append(f"the environment variable {api_key_env} with the key isn't set")
+        if faults:
+            raise InputError("engine OpenAIEngine: " + "; ".join(faults))
+        self.base_url = base_url
+        self.model = model
+        self.concurrency = concurrency
+        self.structured_outputs = structured_outputs
+        self.revision = revision
+        self._client = openai.OpenAI(
+            base_url=base_url, api_key=key, timeout=timeout, max_retries=max_retries
+        )
+        self.can_continue = structured_outputs == "vllm"
+        self._away = False
+
+    @property
+    def identity(self) -> str:
+        """Server, model and revision."""
+        return f"{type(self).__name__} {self.base_url} {self.model} {self.revision}"
+
+    def reply(self, chats: Sequence[Chat], params: ReplyParams) -> list[Reply]:
+        """Ask about every chat; see ``Teacher``. Whether a prompt is too long the server says."""
+        failure = _Failure()
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            asked = pool.map(lambda chat: self._ask(chat, params, failure), chats)
+            replies = list(asked)
+        if failure.error is not None and not self._away:
+            log.warning(
+                "the teacher at %s doesn't answer (%s); rollouts stay unguided until it does",
+                self.base_url,
+                failure.error,
+            )
+        elif failure.error is None and self._away:
+            log.warning("the teacher at %s answers again", self.base_url)
+        self._away = failure.error is not None
+        return replies
+
+    def _ask(self, chat: Chat, params: ReplyParams, failure: "_Failure") -> Reply:
+        if failure.error is not None:  # others have waited for it already
+            return Reply(skipped="unavailable")
+        try:
+            response = self._client.chat.completions.create(
+                model=self.model,
+                messages=chat,  # type: ignore[arg-type]
+                max_tokens=params.max_new_tokens,
+                temperature=0.0,
+                extra_body=self._extra(chat, params),
+            )
+        except _PASSING as error:
+            failure.note(error)
+            return Reply(skipped="unavailable")
+        except openai.BadRequestError as error:
+            if "context length" in str(error) or error.code == "context_length_exceeded":
+                return Reply(skipped="prompt_too_long")
+            raise InputError(self._refused(error)) from error
+        except openai.APIError as error:
+            raise InputError(self._refused(error)) from error
+        except (ValueError, TypeError) as error:  # no JSON, or none of a completion's
+            failure.note(error)
+            return Reply(skipped="unavailable")
+        if not response.choices:
+            failure.note(ValueError("the response has no choices"))
+            return Reply(skipped="unavailable")
+        choice = response.choices[0]
+        return Reply(choice.message.content or "", cut_off=choice.finish_reason == "length")
+
+    def _extra(self, chat: Chat, params: ReplyParams) -> dict[str, Any]:
+        """What the OpenAI protocol has no words for."""
+        extra: dict[str, Any] = {}
+        if self.structured_outputs == "vllm" and params.pattern is not None:
+            extra["structured_outputs"] = {"regex": params.pattern}
+        if chat[-1]["role"] == "assistant":
+            extra |= {"continue_final_message": True, "add_generation_prompt": False}
+        return extra
+
+    def _refused(self, error: openai.APIError) -> str:
+        return f"the teacher at {self.base_url} refuses the request: {error}"
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+
+class _Failure:
+    """The first thing that went wrong in a step, seen by all of its requests."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.error: Exception | None = None
+
+    def note(self, error: Exception) -> None:
+        with self._lock:
+            self.error = self.error or error
