@@ -43,12 +43,13 @@ def student(tmp_path_factory: pytest.TempPathFactory, questions: Path):
 
     It answers ``It is \\boxed{n}.`` in the right form and with some uncertainty about n.
     """
-    made: dict[tuple[str, str], Path] = {}
+    made: dict[tuple, Path] = {}
 
-    def make(family: str = "llama", kind: str = "own_pad") -> Path:
-        if (family, kind) not in made:
+    def make(family: str = "llama", kind: str = "own_pad", **shape: int) -> Path:
+        key = (family, kind, *sorted(shape.items()))
+        if key not in made:
             folder = tmp_path_factory.mktemp("student") / f"{family}-{kind}"
-            tiny.save(folder, family, kind)
+            tiny.save(folder, family, kind, **shape)
             text = tiny.tokenizer(kind)
             pairs = []
             for line in questions.read_text().splitlines():
@@ -62,7 +63,7 @@ def student(tmp_path_factory: pytest.TempPathFactory, questions: Path):
                     )
                     pairs.append((prompt, [*answer, text.eos_token_id]))
             tiny.train_on(folder, pairs, steps=120)
-            made[family, kind] = folder
-        return made[family, kind]
+            made[key] = folder
+        return made[key]
 
     return make

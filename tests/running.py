@@ -1,6 +1,8 @@
 """Starting runs and reading what they left."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,18 @@ def fit_arguments(student: Path, questions: Path, root: Path, *more: str) -> lis
         "--checkpoint.every_n_train_steps=1",
         *more,
     ]
+
+
+def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command where it finds the modules of the tests."""
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        arguments,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def scalars(run: Path) -> dict[str, list[float]]:

@@ -1,20 +1,17 @@
 """Kill -9 at any moment, resume, and nothing differs from the run that was left alone."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from running import audit, fit_arguments
+from running import audit, fit_arguments, run
 
 pytestmark = pytest.mark.slow
 
 STEPS = 6
-HERE = Path(__file__).parent
 
 
 def command(student, questions, root: Path, *more: str) -> list[str]:
@@ -32,17 +29,6 @@ def command(student, questions, root: Path, *more: str) -> list[str]:
         *more,
     )
     return [sys.executable, "-m", "thinktuning.cli", *arguments]
-
-
-def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        arguments,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def trace(root: Path) -> dict[int, dict]:

@@ -70,7 +70,13 @@ def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def model(
-    family: str, vocab_size: int, eos_token_id: int, seed: int = 0, width: int = 48, heads: int = 4
+    family: str,
+    vocab_size: int,
+    eos_token_id: int,
+    seed: int = 0,
+    width: int = 48,
+    heads: int = 4,
+    max_position_embeddings: int = 1024,
 ) -> PreTrainedModel:
     """A randomly initialised ``llama``, ``qwen2`` or ``gpt2`` of about 50k parameters, fp32.
 
@@ -88,7 +94,7 @@ def model(
     wide = {
         "intermediate_size": 96,
         "num_key_value_heads": heads // 2,
-        "max_position_embeddings": 1024,
+        "max_position_embeddings": max_position_embeddings,
     }
     if family == "llama":
         config = LlamaConfig(**shape, **wide)
@@ -101,7 +107,7 @@ def model(
             n_embd=width,
             n_layer=2,
             n_head=heads,
-            n_positions=1024,
+            n_positions=max_position_embeddings,
             bos_token_id=None,
             eos_token_id=eos_token_id,
         )

@@ -306,10 +306,10 @@ class ThinkTuningModule(LightningModule):
         return torch.cat(rows)
 
     def _compare_idle(self, inputs: PolicyInputs, metrics: StepMetrics) -> None:
-        """Compare engine and trainer on some rollouts where the update will read none."""
+        """Compare engine and trainer on one rollout where the update will read none."""
         if self.num_mini_batches == 1 and not self._without_idle_rows(inputs).input_ids.shape[0]:
-            some = inputs.rows(slice(0, self.micro_batch_size))
-            self._compare(self._frozen_logprobs(self.policy, some), some, metrics)
+            one = trim(inputs.rows(slice(0, 1)))
+            self._compare(self._frozen_logprobs(self.policy, one), one, metrics)
 
     def _compare(self, logprobs: Tensor, inputs: PolicyInputs, metrics: StepMetrics) -> None:
         """Note how far the engine's logprobs are from the trainer's at the same weights."""

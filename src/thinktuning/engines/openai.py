@@ -2,10 +2,12 @@
 
 import logging
 import os
+import textwrap
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import openai
 
@@ -14,12 +16,13 @@ from thinktuning.teaching import Chat, Reply, ReplyParams, Teacher
 
 log = logging.getLogger(__name__)
 
-_PASSING = (
-    openai.APIConnectionError,  # timeouts included
-    openai.RateLimitError,
-    openai.InternalServerError,
-    openai.ConflictError,
-)
+_TOO_LONG = ("context length", "context_length", "context size")  # vLLM, OpenAI, llama.cpp
+_THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
+_MEND = {
+    401: "check api_key_env",
+    403: "check api_key_env",
+    404: "check model, and base_url, which mostly ends in /v1",
+}
 
 
 class OpenAIEngine(Teacher):
@@ -33,7 +36,7 @@ class OpenAIEngine(Teacher):
         model: Name of the model on the server.
         api_key_env: Environment variable with the key; null: the server wants none.
         concurrency: Requests at a time, >= 1.
-        timeout: Seconds that a request may take, > 0.
+        timeout: Seconds that the server may be silent for, > 0.
         max_retries: Of a request that failed, each after a longer pause; >= 0.
         structured_outputs: How the server takes a pattern: vllm, in its structured_outputs; none:
             it can't, so that replies are free and some may not parse.
@@ -52,6 +55,8 @@ class OpenAIEngine(Teacher):
         revision: str | None = None,
     ) -> None:
         faults = []
+        if not _is_url(base_url):
+            faults.append(f"base_url must be like http://127.0.0.1:8000/v1, got {base_url!r}")
         if concurrency < 1:
             faults.append(f"concurrency must be at least 1, got {concurrency}")
         if timeout <= 0:
@@ -69,7 +74,14 @@ class OpenAIEngine(Teacher):
         self.structured_outputs = structured_outputs
         self.revision = revision
         self._client = openai.OpenAI(
-            base_url=base_url, api_key=key, timeout=timeout, max_retries=max_retries
+            base_url=base_url,
+            api_key=key,
+            timeout=timeout,
+            max_retries=max_retries,
+            # A proxy of the environment's can't reach this machine; None: not by it.
+            http_client=openai.DefaultHttpxClient(
+                mounts={f"all://{host}": None for host in _THIS_MACHINE}
+            ),
         )
         self.can_continue = structured_outputs == "vllm"
         self._away = False
@@ -89,7 +101,7 @@ class OpenAIEngine(Teacher):
             log.warning(
                 "the teacher at %s doesn't answer (%s); rollouts stay unguided until it does",
                 self.base_url,
-                failure.error,
+                _short(failure.error),
             )
         elif failure.error is None and self._away:
             log.warning("the teacher at %s answers again", self.base_url)
@@ -107,23 +119,17 @@ class OpenAIEngine(Teacher):
                 temperature=0.0,
                 extra_body=self._extra(chat, params),
             )
-        except _PASSING as error:
-            failure.note(error)
-            return Reply(skipped="unavailable")
-        except openai.BadRequestError as error:
-            if "context length" in str(error) or error.code == "context_length_exceeded":
+            return _read(response)
+        except openai.APIStatusError as error:
+            if _passes(error.status_code):
+                failure.note(error)
+                return Reply(skipped="unavailable")
+            if any(words in f"{error} {error.body}" for words in _TOO_LONG):
                 return Reply(skipped="prompt_too_long")
             raise InputError(self._refused(error)) from error
-        except openai.APIError as error:
-            raise InputError(self._refused(error)) from error
-        except (ValueError, TypeError) as error:  # no JSON, or none of a completion's
+        except (openai.APIConnectionError, ValueError) as error:  # timeouts; what is no completion
             failure.note(error)
             return Reply(skipped="unavailable")
-        if not response.choices:
-            failure.note(ValueError("the response has no choices"))
-            return Reply(skipped="unavailable")
-        choice = response.choices[0]
-        return Reply(choice.message.content or "", cut_off=choice.finish_reason == "length")
 
     def _extra(self, chat: Chat, params: ReplyParams) -> dict[str, Any]:
         """What the OpenAI protocol has no words for."""
@@ -134,8 +140,9 @@ class OpenAIEngine(Teacher):
             extra |= {"continue_final_message": True, "add_generation_prompt": False}
         return extra
 
-    def _refused(self, error: openai.APIError) -> str:
-        return f"the teacher at {self.base_url} refuses the request: {error}"
+    def _refused(self, error: openai.APIStatusError) -> str:
+        hint = f" ({_MEND[error.status_code]})" if error.status_code in _MEND else ""
+        return f"the teacher at {self.base_url} refuses the request: {_short(error)}{hint}"
 
     def close(self) -> None:
         """Close the connections."""
@@ -152,3 +159,33 @@ class _Failure:
     def note(self, error: Exception) -> None:
         with self._lock:
             self.error = self.error or error
+
+
+def _read(response: Any) -> Reply:
+    """The reply of a response, which the client hands on whatever it is."""
+    try:
+        choice = response.choices[0]
+        text = choice.message.content
+    except (AttributeError, LookupError, TypeError):
+        raise ValueError("it sent no completion") from None
+    if not isinstance(text, str | None):
+        raise ValueError("it sent no text")
+    return Reply(text or "", cut_off=choice.finish_reason == "length")
+
+
+def _passes(status: int) -> bool:
+    """Whether the same request may be answered later."""
+    return status >= 500 or status in (408, 409, 429)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of its port
+        return False
+
+
+def _short(error: Exception) -> str:
+    """One line: some servers send a page."""
+    return textwrap.shorten(str(error), 400, placeholder=" …")

@@ -80,6 +80,7 @@ class VLLMEngine(Engine):
         self.options = options or {}
         self._llm: vllm.LLM | None = None
         self._held: PreTrainedModel | None = None
+        self._held_frozen = False
         self._syncs = 0
         self._asleep = False
 
@@ -104,8 +105,9 @@ class VLLMEngine(Engine):
             InputError: If vLLM can't load the model.
             StaleWeightsError: If vLLM doesn't hold the model's weights afterwards.
         """
+        # A LoRA student without its adapters is frozen, and is the same model with them.
         frozen = not any(p.requires_grad for p in model.parameters())
-        if model is self._held and frozen:
+        if frozen and model is self._held and self._held_frozen:
             return
         if self._llm is None:
             self._llm = self._new_llm(str(model.name_or_path))
@@ -115,7 +117,7 @@ class VLLMEngine(Engine):
         self._llm.reset_prefix_cache()
         self._syncs += 1
         fingerprint.check(model, self._apply, self._engine_dtype, seed=self._syncs)
-        self._held = model
+        self._held, self._held_frozen = model, frozen
         self._describe(model, tokenizer)
 
     def _receive(self, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -232,8 +234,8 @@ class VLLMEngine(Engine):
         try:
             return vllm.LLM(model=name, **{**arguments, **self.options})
         except (ValueError, RuntimeError, OSError, TypeError) as error:
-            first_line = (str(error).strip() or repr(error)).splitlines()[0]
-            raise InputError(f"vLLM can't load {name!r}: {first_line}") from error
+            reason = " ".join((str(error).strip() or repr(error)).splitlines()[:2])
+            raise InputError(f"vLLM can't load {name!r}: {reason.split(' [type=')[0]}") from error
 
 
 def _pack_tied_head(model: torch.nn.Module) -> None:

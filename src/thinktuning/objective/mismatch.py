@@ -36,7 +36,8 @@ def sampling_gap(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> S
     """
     difference = torch.where(mask, logprobs.detach() - sampling_logprobs, 0.0)
     size = difference.abs()
-    k3 = difference.clamp(max=20).exp() - difference - 1
+    # Gaps are small, and r - 1 - log r would drown in float32's rounding of r.
+    k3 = difference.clamp(max=20).expm1() - difference
     return SamplingGap(masked_mean(size, mask), size.max(), masked_mean(k3, mask))
 
 

@@ -16,10 +16,14 @@ _REPLY = re.compile(
 )
 # A reply in its constrained form, as far as it was written before the limit.
 _BEGUN = re.compile(
-    r"(?P<reason><opinion>\w+</opinion>\n<reason>[^<]+)"
-    r"(?P<phrase></reason>\n<phrase>[^<]+)?"
+    r"(<opinion>\w+</opinion>\n<reason>)([^<]+)"
+    r"(?:</reason>\n<phrase>([^<]+))?"
 )
-_UNCLOSED = re.compile(r"(\\?boxed\{[^{}]*|\ufffd+)$")  # a box, a character
+# What a part begins with: none of what str.strip takes away, else a part could be empty.
+_VISIBLE = r"[^<\x00-\x20\x7f-\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+# Inside of a box, where an escaped brace is a letter.
+_LETTER = r"([^<{}\n\\]|\\[^<\n])"
+_TAG_TOKENS = 30  # about what the tags take
 _LONGEST_OPENING = len("<opinion>incorrect</opinion>\n<reason>…")
 
 
@@ -87,13 +91,15 @@ class FeedbackForm:
 
     @property
     def pattern(self) -> str:
-        """A regular expression of replies that parse, and that fit at 4 characters a token."""
-        phrase = f"[^< \\n\\t\\r][^<]{{0,{2 * self.max_new_tokens}}}"
+        """A regular expression of replies that parse; most fit, at 3.5 characters a token."""
+        characters = int(3.5 * (self.open_tokens - _TAG_TOKENS))
+        reason = int(0.4 * characters)
+        phrase = f"{_VISIBLE}[^<]{{0,{characters - reason}}}"
         if self.boxed:
-            phrase += r"\\boxed\{([^<{}\n]|\{[^<{}\n]{0,40}\}){1,40}\}\.?"
+            phrase += rf"\\boxed\{{({_LETTER}|\{{{_LETTER}{{0,40}}\}}){{1,40}}\}}\.?"
         return (
             f"<opinion>({'|'.join(OPINIONS)})</opinion>\\n"
-            f"<reason>[^< \\n\\t\\r][^<]{{0,{self.max_new_tokens}}}</reason>\\n"
+            f"<reason>{_VISIBLE}[^<]{{0,{reason}}}</reason>\\n"
             f"<phrase>{phrase}</phrase>"
         )
 
@@ -102,10 +108,12 @@ class FeedbackForm:
         """A regular expression of what ends a reply that was cut off; ASCII only."""
         end = "</phrase>"
         characters = self.closing_tokens - len(end) - 2  # and the end-of-turn token
-        if self.boxed:
-            end = r"\\boxed\{[ -;=-z|~]{1,24}\}" + end
-            characters -= len("\\boxed{}") + 24
-        return f"[ -;=-~]{{0,{characters}}}[!-;=-~]{end}"
+        if not self.boxed:
+            return f"[ -;=-~]{{0,{characters}}}[!-;=-~]{end}"
+        # One box and no other brace; a backslash in front of its last brace would escape it.
+        box = r"\\boxed\{[ -;=-z|~]{0,23}[!-;=-\[\]-z|~]\}"
+        characters -= len("\\boxed{}") + 23
+        return rf"[ -;=-z|~]{{0,{characters}}}{box}{end}"
 
     def begun(self, reply: str) -> str | None:
         """Where a reply that was cut off goes on: inside its phrase.
@@ -116,6 +124,28 @@ class FeedbackForm:
         match = _BEGUN.match(reply)
         if match is None:
             return None
-        if match["phrase"] is None:
-            return f"{_UNCLOSED.sub('', match['reason'])}</reason>\n<phrase>"
-        return _UNCLOSED.sub("", match[0])
+        opening, reason, phrase = match.groups()
+        if phrase is None:
+            return f"{opening}{_rounded_off(reason) or reason}</reason>\n<phrase>"
+        return f"{opening}{reason}</reason>\n<phrase>{_rounded_off(phrase)}"
+
+
+def _rounded_off(part: str) -> str:
+    r"""A part that was cut off, without half a character and a ``\boxed{`` that it leaves open."""
+    part = part.rstrip("\ufffd")
+    for box in re.finditer(r"\\boxed(?=\{|$)", part):
+        if not _closes(part[box.end() :]):
+            return part[: box.start()]
+    return part
+
+
+def _closes(text: str) -> bool:
+    """Whether the brace that a text begins with is closed in it."""
+    depth = 0
+    # An escaped brace is a letter of LaTeX, not a bracket.
+    for sign in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if sign[0] in "{}":
+            depth += 1 if sign[0] == "{" else -1
+            if depth == 0:
+                return True
+    return False
