@@ -32,8 +32,9 @@ def vllm_student(student) -> Path:
     return student(max_position_embeddings=2048, **SMALL)
 
 
-def test_student_and_teacher_in_one_engine_resumed_once(vllm_student, questions, tmp_path):
-    more = [*ENGINE, "--trainer.callbacks+=tracing.Trace", "--trainer.val_check_interval=2"]
+@pytest.mark.parametrize("lora", [[], ["--model.lora.rank=4"]], ids=["whole", "lora"])
+def test_student_and_teacher_in_one_engine_resumed_once(vllm_student, questions, tmp_path, lora):
+    more = [*ENGINE, *lora, "--trainer.callbacks+=tracing.Trace", "--trainer.val_check_interval=2"]
     fit(vllm_student, questions, tmp_path, *more, "--trainer.max_steps=2")
     fit(vllm_student, questions, tmp_path, *more, "--trainer.max_steps=4", "--ckpt_path=last")
     logged = scalars(tmp_path / "version_0")

@@ -1,5 +1,6 @@
 """The command line: ``thinktuning fit | validate | test | export``."""
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -40,6 +41,11 @@ class _Parser(LightningArgumentParser):
     """Says what is wrong in a few lines, without the usage of some two hundred options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if re.search(r"\btop_[pk]\b", message):
+            message += (
+                "\ntop-p and top-k would cut off the support of the policy, and the ratio between the "
+                "policy and its sampler would be wrong: use model.temperature"
+            )
         sys.exit(f"error: {message}\nEvery option: thinktuning fit --help")
 
 
@@ -149,12 +155,14 @@ def _silence_untrue_warnings() -> None:
         "Using ModelCheckpoint with manual optimization",  # the weights are meant as they are
         "Found .* module\\(s\\) in eval mode",  # dropout must stay off
         "Total length of .* across ranks is zero",  # no validation was asked for
+        "MatMul8bitLt",  # that an 8-bit teacher computes in 16 bits, once per layer and token
         ".*LeafSpec.*deprecated",
         "LightningCLI's args parameter",
         "Checkpoint directory .* exists and is not empty",  # a resumed run goes on where it was
     ):
         warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning|jsonargparse")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -177,8 +185,18 @@ def main(args: list[str] | None = None) -> None:
             trainer_defaults={"callbacks": [RolloutProgress(), SampleLog(), AuditLog()]},
             parser_kwargs={"description": _DESCRIPTION, "prog": "thinktuning"},
         )
-    except (InputError, MisconfigurationException) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, MisconfigurationException) as error:
+        sys.exit(f"error: {_users_fault(error)}")
+
+
+def _users_fault(error: Exception) -> Exception:
+    """What a user can mend in an error; jsonargparse wraps those of optional arguments."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (InputError, MisconfigurationException)):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    raise error
 
 
 if __name__ == "__main__":

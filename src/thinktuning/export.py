@@ -1,10 +1,11 @@
 """From a Lightning checkpoint to a folder that Transformers loads."""
 
 from pathlib import Path
+from typing import Any
 
 from thinktuning.checkpointing import AtomicCheckpointIO
 from thinktuning.errors import InputError
-from thinktuning.policy import load_model, load_tokenizer
+from thinktuning.policy import LoraSettings, load_model, load_tokenizer, with_adapters
 
 _POLICY = "policy."
 
@@ -14,7 +15,8 @@ def export(ckpt_path: str, output: str) -> None:
 
     Args:
         ckpt_path: A checkpoint file of ``thinktuning fit``.
-        output: Folder to write: weights as safetensors, configuration, tokenizer, chat template.
+        output: Folder to write: weights as safetensors (adapters merged in), configuration,
+            tokenizer, chat template.
 
     Raises:
         InputError: If the checkpoint isn't there or isn't ours, or the folder isn't empty.
@@ -27,13 +29,19 @@ def export(ckpt_path: str, output: str) -> None:
     checkpoint = AtomicCheckpointIO().load_checkpoint(path)
     if "pretrained" not in checkpoint:
         raise InputError(f"{ckpt_path!r} was not written by `thinktuning fit`")
-    model = load_model(checkpoint["pretrained"])
+    model: Any = load_model(checkpoint["pretrained"])
+    lora = checkpoint.get("lora")
+    if lora is not None:
+        model = with_adapters(model, LoraSettings(**lora))
     weights = {
         name.removeprefix(_POLICY): tensor
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith(_POLICY)
     }
-    model.load_state_dict(weights)
+    # A LoRA's checkpoint has its adapters only.
+    unexpected = model.load_state_dict(weights, strict=lora is None).unexpected_keys
+    assert not unexpected, f"the checkpoint has weights that its model lacks: {unexpected}"
+    model = model if lora is None else model.merge_and_unload()
     model.save_pretrained(folder)
     load_tokenizer(checkpoint["pretrained"]).save_pretrained(folder)
     print(f"wrote the policy after {checkpoint['global_step']} rollout steps to {folder}")

@@ -12,7 +12,7 @@ How it differs from the paper and from the authors' recipe:
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,14 @@ from thinktuning.objective import (
     sampling_gap,
     token_weights,
 )
-from thinktuning.policy import completion_logprobs, end_of_turn_ids, load_model, load_tokenizer
+from thinktuning.policy import (
+    LoraSettings,
+    completion_logprobs,
+    end_of_turn_ids,
+    load_model,
+    load_tokenizer,
+    with_adapters,
+)
 from thinktuning.rewards import MathReward, Reward, score, verify_math
 from thinktuning.tensors import policy_inputs, split, trim, with_advantages
 from thinktuning.types import Outcome, PolicyInputs, Prompt, Rollout, RolloutBatch
@@ -74,11 +81,13 @@ class ThinkTuningModule(LightningModule):
         warmup_steps: Rollout batches over which the learning rate rises from 0; constant after.
         max_grad_norm: Gradients are clipped to this norm; null doesn't clip.
         attention: Transformers' attn_implementation.
+        lora: Train adapters on frozen weights, which are then the reference as well: one copy of
+            them for student, reference and teacher. null trains all weights.
         seed: Of sampling and selection; taken from seed_everything by the CLI.
     """
 
     reference: PreTrainedModel
-    policy: PreTrainedModel
+    policy: Any  # a Transformers model, or peft's around one
 
     def __init__(
         self,
@@ -95,6 +104,7 @@ class ThinkTuningModule(LightningModule):
         warmup_steps: int = 0,
         max_grad_norm: float | None = 1.0,
         attention: str = "sdpa",
+        lora: LoraSettings | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -135,6 +145,7 @@ class ThinkTuningModule(LightningModule):
         self.warmup_steps = warmup_steps
         self.max_grad_norm = max_grad_norm
         self.attention = attention
+        self.lora = lora
         self.seed = seed
         self.val_accuracy, self.val_no_answer = MeanMetric(), MeanMetric()
         self.val_length, self.val_cut_off = MeanMetric(), MeanMetric()
@@ -148,9 +159,20 @@ class ThinkTuningModule(LightningModule):
         self.tokenizer = load_tokenizer(self.pretrained)
         self.policy = load_model(self.pretrained, attention=self.attention)
         self.stop_ids = end_of_turn_ids(self.tokenizer, self.policy.generation_config)
-        if self._fitting() and self._needs_reference():
+        if self.lora is not None:
+            self.policy = with_adapters(self.policy, self.lora)
+        elif self._fitting() and self._needs_reference():
             self.reference = load_model(self.pretrained, attention=self.attention)
             self.reference.requires_grad_(False)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[PreTrainedModel]:
+        """The frozen reference: a model of its own, or the student without its adapters."""
+        if self.lora is None:
+            yield self.reference
+            return
+        with self.policy.disable_adapter():
+            yield self.policy
 
     def on_fit_start(self) -> None:
         """Refuse what manual optimization can't do right."""
@@ -175,20 +197,22 @@ class ThinkTuningModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and a learning rate that is constant after its warm-up."""
-        optimizer = self.optimizer_factory(self.policy.parameters())
+        optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
         warmup = self.warmup_steps
         # Stepped once a rollout batch; the first batch already learns.
         scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Everything but the frozen reference, which is loaded anew."""
+        """Everything but the frozen weights, which are loaded anew."""
         state = super().state_dict(*args, **kwargs)
-        return {k: v for k, v in state.items() if not k.startswith(_REFERENCE)}
+        own = {k: v for k, v in state.items() if not k.startswith(_REFERENCE)}
+        return own if self.lora is None else {k: v for k, v in own.items() if "lora_" in k}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which model the weights belong to."""
         checkpoint["pretrained"] = self.pretrained
+        checkpoint["lora"] = None if self.lora is None else asdict(self.lora)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that aren't this policy's; strict loading would miss the reference."""
@@ -293,7 +317,8 @@ class ThinkTuningModule(LightningModule):
         if self.num_mini_batches > 1:
             inputs = replace(inputs, old_logprobs=self._frozen_logprobs(self.policy, inputs))
         if self.objective.kl_coef > 0:
-            inputs = replace(inputs, ref_logprobs=self._frozen_logprobs(self.reference, inputs))
+            with self.as_reference() as reference:
+                inputs = replace(inputs, ref_logprobs=self._frozen_logprobs(reference, inputs))
         return inputs
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from thinktuning.errors import InputError
 from thinktuning.teaching import (
     Behavior,
     CachedTeacher,
+    Chat,
     FeedbackForm,
     GammaSchedule,
     Reply,
@@ -84,6 +85,7 @@ class TeacherGuidance(RolloutCallback):
         self.teacher = teacher
         self.cache = None if cache is None else Path(cache).expanduser()
         self.planned_steps: int | None = None
+        self._cached: CachedTeacher | None = None
 
     def needs_reference(self) -> bool:
         """A teacher without weights of its own is the frozen reference, unless gamma stays 0."""
@@ -96,6 +98,9 @@ class TeacherGuidance(RolloutCallback):
             return
         if self.teacher is not None:
             self.teacher.start()
+        if self.cache is not None:
+            assert isinstance(pl_module.engine, Teacher)
+            self._cached = CachedTeacher(self.teacher or pl_module.engine, self.cache)
         planned = _planned_steps(trainer)
         if self.planned_steps is None:
             self.planned_steps = planned
@@ -140,24 +145,29 @@ class TeacherGuidance(RolloutCallback):
         return selected
 
     def _ask(self, module: "ThinkTuningModule", rollouts: Sequence[Rollout]) -> list[Guidance]:
-        teacher = self._ready_teacher(module)
-        chats = [teacher_chat(self.behaviors, r.prompt.question, r.text) for r in rollouts]
-        if self.form is None:
-            params = ReplyParams(self.max_new_tokens, self.max_prompt_tokens)
-            replies = teacher.reply(chats, params)
-        else:
-            replies = ask_in_form(teacher, chats, self.form, self.max_prompt_tokens)
-        if self.teacher is not None:
-            self.teacher.sleep()
-        return [self._guidance(reply) for reply in replies]
-
-    def _ready_teacher(self, module: "ThinkTuningModule") -> Teacher:
-        """The teacher, awake and with its weights; what it has said before is on the disk."""
         teacher = module.engine if self.teacher is None else self.teacher
+        chats = [teacher_chat(self.behaviors, r.prompt.question, r.text) for r in rollouts]
         teacher.wake()
         if isinstance(teacher, Engine) and teacher.needs_weights:
-            teacher.load_weights(module.reference, module.tokenizer)
-        return teacher if self.cache is None else CachedTeacher(teacher, self.cache)
+            with module.as_reference() as reference:
+                teacher.load_weights(reference, module.tokenizer)
+                replies = self._replies(teacher, chats)
+        else:
+            replies = self._replies(teacher, chats)
+        if self.teacher is not None:
+            self.teacher.sleep()
+        if self._cached is not None:
+            module.log("guidance/cache_damaged", float(self._cached.damaged), batch_size=1)
+            module.log("guidance/cache_unwritten", float(self._cached.unwritten), batch_size=1)
+        return [self._guidance(reply) for reply in replies]
+
+    def _replies(self, teacher: Teacher, chats: Sequence[Chat]) -> list[Reply]:
+        if self._cached is not None:
+            teacher = self._cached
+        if self.form is None:
+            params = ReplyParams(self.max_new_tokens, self.max_prompt_tokens)
+            return teacher.reply(chats, params)
+        return ask_in_form(teacher, chats, self.form, self.max_prompt_tokens)
 
     def _guidance(self, reply: Reply) -> Guidance:
         names = tuple(b.name for b in self.behaviors)

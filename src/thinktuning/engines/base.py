@@ -111,7 +111,7 @@ class Engine(Teacher):
         assert tokenizer is not None, "a teacher needs its tokenizer: give it to load_weights"
         limit = params.max_prompt_tokens
         if self.context_length is not None:
-            limit = min(limit, self.context_length - params.max_new_tokens)
+            limit = min(limit, self.context_length - params.max_new_tokens - params.spare_tokens)
         prompts = [render_prompt(tokenizer, chat) for chat in chats]
         asked = [p for p in prompts if len(p) <= limit]
         sampling = SamplingParams(params.max_new_tokens, self._stop_ids, 0.0, params.pattern)

@@ -55,7 +55,13 @@ def check(
 
 
 def _of_trainer(model: PreTrainedModel, seed: int) -> Iterator[tuple[str, Tensor]]:
-    transposed = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Conv1D)}
+    base: Any = model
+    base = base.get_base_model() if hasattr(model, "peft_config") else model
+    transposed = {
+        f"{name.removesuffix('.base_layer')}.weight"
+        for name, module in base.named_modules()
+        if isinstance(module, Conv1D)
+    }
     for name, weight in named_weights(model, tied=True):
         if weight.dim() < 2:
             yield name, weight

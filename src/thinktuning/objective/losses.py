@@ -182,7 +182,7 @@ def policy_loss(inputs: PolicyInputs, config: ObjectiveConfig) -> LossOutput:
     if config.kl_coef > 0:
         assert inputs.ref_logprobs is not None, "a KL term needs ref_logprobs"
         log_x = (inputs.ref_logprobs - logprobs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-        kl = log_x.exp() - log_x - 1
+        kl = log_x.expm1() - log_x  # exp(x) - 1 would cancel where the policies are close
         token_loss = token_loss + config.kl_coef * kl
         metrics["kl"] = masked_mean(kl.detach(), mask)
 

@@ -8,10 +8,12 @@ from thinktuning.policy.loading import (
     resolve,
 )
 from thinktuning.policy.logprobs import completion_logprobs
+from thinktuning.policy.lora import LoraSettings, with_adapters
 from thinktuning.policy.prompts import Message, render_prompt
 from thinktuning.policy.weights import named_weights
 
 __all__ = [
+    "LoraSettings",
     "Message",
     "completion_logprobs",
     "end_of_turn_ids",
@@ -21,4 +23,5 @@ __all__ = [
     "named_weights",
     "render_prompt",
     "resolve",
+    "with_adapters",
 ]

@@ -1,9 +1,7 @@
 """A student that is a LoRA on frozen weights: one copy of them for student, reference, teacher."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
@@ -50,4 +48,4 @@ def with_adapters(model: PreTrainedModel, settings: LoraSettings) -> "PeftModel"
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"model.lora: {error}") from error
-    return adapted.eval()  # type: ignore[return-value]
+    return adapted.eval()

@@ -28,11 +28,13 @@ class ReplyParams:
         max_prompt_tokens: A chat that is longer isn't answered.
         pattern: Regular expression that replies keep to, unless the length limit ends them first;
             None lets the teacher write freely.
+        spare_tokens: To be left free behind the reply, for a second request that goes on from it.
     """
 
     max_new_tokens: int
     max_prompt_tokens: int
     pattern: str | None = None
+    spare_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ def ask_in_form(
     Returns:
         One reply per chat.
     """
-    params = ReplyParams(form.open_tokens, max_prompt_tokens, form.pattern)
+    params = ReplyParams(
+        form.open_tokens, max_prompt_tokens, form.pattern, spare_tokens=form.closing_tokens
+    )
     replies = teacher.reply(chats, params)
     if not teacher.can_continue:
         return replies
