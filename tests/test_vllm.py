@@ -118,6 +118,13 @@ def test_a_seed_draws_the_same_tokens_alone(vllm):
     assert alone.token_ids == together[2][1].token_ids
 
 
+def test_more_prompt_tokens_than_are_read_at_a_time(vllm):
+    # A prompt that is read in pieces crashes vLLM 0.32 on CPUs where its request has a seed.
+    prompts = [[4 + (i * j) % 300 for j in range(250 + i)] for i in range(1, 41)]
+    groups = vllm.sample(prompts, [[i] for i in range(40)], SamplingParams(2, (), 1.0))
+    assert [len(c.token_ids) for (c,) in groups] == [2] * 40
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_that_training_computes(vllm, net, temperature):
     params = SamplingParams(LIMIT, (), temperature)

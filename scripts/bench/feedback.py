@@ -70,7 +70,9 @@ def main() -> None:
     groups = engine.sample(prompts, seeds, SamplingParams(160, stop_ids, 0.7))
     behaviors = load_behaviors(BEHAVIORS)
     chats = [
-        teacher_chat(behaviors, q, str(tokenizer.decode(c.token_ids, skip_special_tokens=True)))
+        teacher_chat(
+            behaviors, q, str(tokenizer.decode(list(c.token_ids), skip_special_tokens=True))
+        )
         for q, (c,) in zip(questions, groups, strict=True)
     ]
     table = Table("replies", "parsed", "closed in a second request", "seconds")

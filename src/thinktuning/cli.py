@@ -43,8 +43,8 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if re.search(r"\btop_[pk]\b", message):
             message += (
-                "\ntop-p and top-k would cut off the support of the policy, and the ratio between the "
-                "policy and its sampler would be wrong: use model.temperature"
+                "\ntop-p and top-k would cut off the support of the policy, and its ratio to the "
+                "sampler would be wrong: use model.temperature"
             )
         sys.exit(f"error: {message}\nEvery option: thinktuning fit --help")
 

@@ -217,15 +217,18 @@ class VLLMEngine(Engine):
                 f"`make vllm-cpu` leaves them out"
             ) from error
         on_gpu = torch.cuda.is_available()
-        longest = getattr(AutoConfig.from_pretrained(name), "max_position_embeddings", None)
+        longest = min(self.max_model_len, _positions(name) or self.max_model_len)
         cache = self.kv_cache_gib if on_gpu else self.kv_cache_gib or 1.0
         arguments: dict[str, Any] = {
             "dtype": self.dtype or ("bfloat16" if on_gpu else "float32"),
-            "max_model_len": min(self.max_model_len, longest or self.max_model_len),
+            "max_model_len": longest,
             "gpu_memory_utilization": self.memory_fraction,
             "kv_cache_memory_bytes": None if cache is None else int(cache * 2**30),
             "enforce_eager": not on_gpu if self.eager is None else self.eager,
             "enable_sleep_mode": on_gpu,
+            # vLLM 0.32 on CPUs crashes where a seeded request's prompt is read in pieces.
+            "enable_chunked_prefill": on_gpu,
+            "max_num_batched_tokens": None if on_gpu else max(longest, 4096),
             "generation_config": "vllm",  # else the checkpoint's top-p would be applied
             "logprobs_mode": "processed_logprobs",  # those of the temperature that samples
             "seed": 0,
@@ -236,6 +239,14 @@ class VLLMEngine(Engine):
         except (ValueError, RuntimeError, OSError, TypeError) as error:
             reason = " ".join((str(error).strip() or repr(error)).splitlines()[:2])
             raise InputError(f"vLLM can't load {name!r}: {reason.split(' [type=')[0]}") from error
+
+
+def _positions(name: str) -> int | None:
+    """Tokens that a model was made for."""
+    try:
+        return getattr(AutoConfig.from_pretrained(name), "max_position_embeddings", None)
+    except (OSError, ValueError) as error:
+        raise InputError(f"vLLM can't load {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def _pack_tied_head(model: torch.nn.Module) -> None:
