@@ -32,7 +32,11 @@ def vllm_student(student) -> Path:
     return student(max_position_embeddings=2048, **SMALL)
 
 
-@pytest.mark.parametrize("lora", [[], ["--model.lora.rank=4"]], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "lora",
+    [[], ["--model.lora.rank=4", "--model.objective.importance=token"]],
+    ids=["whole", "lora"],
+)
 def test_student_and_teacher_in_one_engine_resumed_once(vllm_student, questions, tmp_path, lora):
     more = [*ENGINE, *lora, "--trainer.callbacks+=tracing.Trace", "--trainer.val_check_interval=2"]
     fit(vllm_student, questions, tmp_path, *more, "--trainer.max_steps=2")
@@ -47,6 +51,14 @@ def test_student_and_teacher_in_one_engine_resumed_once(vllm_student, questions,
     rows = audit(tmp_path / "version_0")
     assert {row["step"] for row in rows} == {0, 1, 2, 3}
     assert any(row["after"] is not None for row in rows)
+
+
+def test_every_rank_has_a_vllm_of_its_own(vllm_student, questions, tmp_path):
+    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.val_size=0"]
+    fit(vllm_student, questions, tmp_path, *ENGINE, *ranks, "--trainer.max_steps=2")
+    logged = scalars(tmp_path / "version_0")
+    assert max(logged["engine/logprob_gap_max"]) < 1e-3
+    assert logged["guidance/parsed"] == [1.0] * 2
 
 
 def test_a_transformers_student_with_a_teacher_of_its_own_in_vllm(

@@ -1,5 +1,6 @@
 """The command line: ``thinktuning fit | validate | test | export``."""
 
+import logging
 import re
 import sys
 import warnings
@@ -163,6 +164,8 @@ def _silence_untrue_warnings() -> None:
         warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning|jsonargparse")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    # That its 4-bit kernels could be faster, even where nothing is in 4 bits.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def main(args: list[str] | None = None) -> None:
