@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from thinktuning.engines import Completion, SamplingParams, TransformersEngine, derive_seed
 from thinktuning.errors import InputError
 from thinktuning.policy import completion_logprobs
+from thinktuning.teaching import ReplyParams
 from thinktuning.types import PolicyInputs
 
 LENGTHS = [5, 1, 17, 9, 3]
@@ -436,3 +437,14 @@ def test_a_pattern_is_kept_and_ends_in_a_stop_id():
     assert not any(re.fullmatch(pattern, text.decode(c.token_ids), re.DOTALL) for (c,) in free), (
         "the model keeps to the pattern anyway: the test shows nothing"
     )
+
+
+def test_a_reply_that_leaves_no_room_for_its_prompt_is_an_input_error():
+    text = tiny.tokenizer("own_pad")
+    engine = TransformersEngine()
+    engine.load_weights(tiny.model("llama", len(text), text.eos_token_id), text)
+    chat = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 plus 2?"}]
+    (reply,) = engine.reply([chat], ReplyParams(1024 - 20, 500))
+    assert reply.skipped == "prompt_too_long"
+    with pytest.raises(InputError, match="leave no room for a prompt in the 1024 positions"):
+        engine.reply([chat], ReplyParams(1000, 500, spare_tokens=24))

@@ -68,6 +68,10 @@ def test_a_run_resumes_with_its_adapters_and_exports_them_merged(student, questi
     for name, weight in checkpoint(whole)["state_dict"].items():
         assert torch.equal(weight, checkpoint(tmp_path)["state_dict"][name]), name
 
+    with pytest.raises(SystemExit, match=r"made with model\.lora .*alpha"):
+        other = ("--model.lora.alpha=1", "--ckpt_path=last", "--trainer.max_steps=4")
+        main(fit_arguments(student(), questions, tmp_path, *LORA, *other))
+
     last = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
     main(["export", f"--ckpt_path={last}", f"--output={tmp_path / 'out'}"])
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()

@@ -242,6 +242,7 @@ TAGS = ["engine/logprob_gap", "engine/logprob_gap_max", "engine/kl"]
         # Answers of two tokens earn nothing, so that the update reads no rollout.
         (["--model.max_new_tokens=2"], True),
         (["--model.max_new_tokens=2", "--model.objective.kl_coef=0.1"], True),
+        (["--model.max_new_tokens=2", "--model.num_mini_batches=2"], True),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -13,9 +13,14 @@ import torch
 from transformers import PreTrainedModel
 
 from thinktuning.data import load_questions
-from thinktuning.engines import Completion, SamplingParams, TransformersEngine, VLLMEngine
-from thinktuning.engines.fingerprint import StaleWeightsError
-from thinktuning.errors import InputError
+from thinktuning.engines import (
+    Completion,
+    SamplingParams,
+    TransformersEngine,
+    VLLMEngine,
+    fingerprint,
+)
+from thinktuning.errors import InputError, StaleWeightsError
 from thinktuning.policy import completion_logprobs, load_model, load_tokenizer, render_prompt
 from thinktuning.policy.embedded import embedded_model
 from thinktuning.teaching import FeedbackForm, ask_in_form, parse_feedback
@@ -203,6 +208,19 @@ def test_a_sync_changes_logprobs_to_those_of_the_new_weights(any_folder):
     assert gap(old, PROMPTS, groups, 0.7).mean() > 1e-2, "the step changed too little to show"
 
 
+def test_weights_that_vllm_has_no_place_for_stop_the_run(net, text):
+    started = engine()
+    started.load_weights(net, text)
+    larger = copy.deepcopy(net)
+    larger.model.layers[0].mlp.register_parameter("gate", torch.nn.Parameter(torch.ones(3)))
+    with pytest.raises(StaleWeightsError, match=r"1 weights .*layers\.0\.mlp\.gate"):
+        fingerprint.check(larger, started._apply, torch.float32, seed=0)
+    assert fingerprint.check(net, started._apply, torch.float32, seed=0) == len(
+        dict(net.named_parameters(remove_duplicate=False))
+    )
+    started.close()
+
+
 class ForgetfulEngine(VLLMEngine):
     """Loses weights on the way into vLLM."""
 
@@ -306,6 +324,11 @@ def test_the_context_is_no_longer_than_the_models(net, text):
     started.close()
 
 
+def test_parallel_engines_are_refused():
+    with pytest.raises(InputError, match="tensor_parallel_size"):
+        VLLMEngine(options={"tensor_parallel_size": 2})
+
+
 def test_faults_of_the_settings_are_listed_together():
     with pytest.raises(InputError, match=r"max_model_len.*memory_fraction.*kv_cache_gib"):
         VLLMEngine(max_model_len=1, memory_fraction=1.5, kv_cache_gib=0)
@@ -313,7 +336,7 @@ def test_faults_of_the_settings_are_listed_together():
 
 def test_without_vllm_the_error_names_the_extras(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"thinktuning\[vllm\].*make vllm-cpu"):
+    with pytest.raises(InputError, match=r"\[vllm\].*make vllm-cpu"):
         VLLMEngine()
 
 

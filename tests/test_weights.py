@@ -49,7 +49,7 @@ def test_of_a_plain_model_they_are_its_parameters(family):
 
 # gpt2 keeps its weights transposed.
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=str)
 def test_of_an_adapted_model_they_are_the_merged_ones(family, options):
     model = adapted(family, **options)
     base = dict(tiny.model(family, 64, eos_token_id=1).named_parameters())
@@ -76,13 +76,6 @@ def test_with_the_adapter_disabled_they_are_the_base_weights():
     with model.disable_adapter():
         assert_equal(dict(named_weights(model)), base)
     assert_equal(dict(named_weights(model)), merged(model))
-
-
-def test_adapters_that_are_merged_already_are_not_added_again():
-    model = adapted()
-    expected = merged(model)
-    model.merge_adapter()
-    assert_equal(dict(named_weights(model)), expected)
 
 
 def test_of_several_adapters_the_active_one_counts():
@@ -115,18 +108,3 @@ def test_reading_them_leaves_the_model_as_it_was():
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     list(named_weights(model))
     assert_equal({name: w.detach() for name, w in model.state_dict().items()}, before)
-
-
-def test_layers_that_are_trained_whole_come_under_their_own_names():
-    model = adapted(modules_to_save=["lm_head"])
-    with torch.no_grad():
-        model.get_base_model().lm_head.modules_to_save["default"].weight.add_(1.0)
-    expected = merged(model)
-    assert expected["lm_head.weight"].mean() > 0.9
-    assert_equal(dict(named_weights(model)), expected)
-    with model.disable_adapter():
-        base = tiny.model("llama", 64, eos_token_id=1)
-        assert_equal(
-            dict(named_weights(model, tied=True)),
-            dict(base.named_parameters(remove_duplicate=False)),
-        )

@@ -26,7 +26,7 @@ from thinktuning.callbacks import (
 from thinktuning.checkpointing import AtomicCheckpointIO
 from thinktuning.data import GSM8KDataModule
 from thinktuning.engines import Engine, TransformersEngine
-from thinktuning.errors import InputError
+from thinktuning.errors import InputError, StaleWeightsError
 from thinktuning.export import export
 from thinktuning.module import ThinkTuningModule
 from thinktuning.report import print_report
@@ -188,7 +188,7 @@ def main(args: list[str] | None = None) -> None:
             trainer_defaults={"callbacks": [RolloutProgress(), SampleLog(), AuditLog()]},
             parser_kwargs={"description": _DESCRIPTION, "prog": "thinktuning"},
         )
-    except (ValueError, MisconfigurationException) as error:
+    except (ValueError, MisconfigurationException, StaleWeightsError) as error:
         sys.exit(f"error: {_users_fault(error)}")
 
 
@@ -196,7 +196,7 @@ def _users_fault(error: Exception) -> Exception:
     """What a user can mend in an error; jsonargparse wraps those of optional arguments."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, (InputError, MisconfigurationException)):
+        if isinstance(cause, (InputError, MisconfigurationException, StaleWeightsError)):
             return cause
         cause = cause.__cause__ or cause.__context__
     raise error

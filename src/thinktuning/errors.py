@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The message says what was wrong, what was expected and what to do; related faults come together.
     """
+
+
+class StaleWeightsError(RuntimeError):
+    """An engine doesn't hold the weights that it was given."""

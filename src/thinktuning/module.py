@@ -216,6 +216,16 @@ class ThinkTuningModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that aren't this policy's; strict loading would miss the reference."""
+        lora = None if self.lora is None else asdict(self.lora)
+        if checkpoint.get("lora") != lora:
+            raise InputError(
+                f"the checkpoint was made with model.lora {checkpoint.get('lora')}, not {lora}"
+            )
+        if lora is not None and checkpoint["pretrained"] != self.pretrained:
+            raise InputError(
+                f"the checkpoint's adapters belong to {checkpoint['pretrained']!r}, not to "
+                f"{self.pretrained!r}"
+            )
         expected, found = set(self.state_dict()), set(checkpoint["state_dict"])
         if expected != found:
             raise InputError(
@@ -247,7 +257,7 @@ class ThinkTuningModule(LightningModule):
                 rollouts = with_advantages(rollouts, self.objective.advantage_scale)
             with self._stage("logprobs", metrics):
                 inputs = self._with_fixed_logprobs(policy_inputs(rollouts, self.device))
-                self._compare_idle(inputs, metrics)
+                self._compare_before_update(inputs, metrics)
             with self._stage("update", metrics):
                 trained_tokens = self._update(inputs, metrics)
         metrics.add(rollout_means(rollouts))
@@ -330,9 +340,13 @@ class ThinkTuningModule(LightningModule):
             rows.append(nn.functional.pad(logprobs, (0, width - logprobs.shape[1])))
         return torch.cat(rows)
 
-    def _compare_idle(self, inputs: PolicyInputs, metrics: StepMetrics) -> None:
-        """Compare engine and trainer on one rollout where the update will read none."""
-        if self.num_mini_batches == 1 and not self._without_idle_rows(inputs).input_ids.shape[0]:
+    def _compare_before_update(self, inputs: PolicyInputs, metrics: StepMetrics) -> None:
+        """Compare engine and trainer where the update won't: on all rollouts if their logprobs are
+        there already, on one of them if the update will read none.
+        """
+        if inputs.old_logprobs is not None:
+            self._compare(inputs.old_logprobs, inputs, metrics)
+        elif not self._without_idle_rows(inputs).input_ids.shape[0]:
             one = trim(inputs.rows(slice(0, 1)))
             self._compare(self._frozen_logprobs(self.policy, one), one, metrics)
 
@@ -429,9 +443,8 @@ class ThinkTuningModule(LightningModule):
             }
         )
         metrics.peak("shaping/weight", output.weight_max)
-        # Logprobs at the weights that sampled: the first update's own.
-        at_sampling = scores.logprobs if micro.old_logprobs is None else micro.old_logprobs
-        self._compare(at_sampling, micro, metrics)
+        if micro.old_logprobs is None:  # this update's own are those of the weights that sampled
+            self._compare(scores.logprobs, micro, metrics)
 
     def _clip_gradients(self) -> Tensor:
         """Clip to ``max_grad_norm``; the norm before clipping."""

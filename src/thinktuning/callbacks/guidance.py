@@ -98,6 +98,7 @@ class TeacherGuidance(RolloutCallback):
             return
         if self.teacher is not None:
             self.teacher.start()
+            self.teacher.sleep()
         if self.cache is not None:
             assert isinstance(pl_module.engine, Teacher)
             self._cached = CachedTeacher(self.teacher or pl_module.engine, self.cache)

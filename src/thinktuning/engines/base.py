@@ -11,6 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from thinktuning.errors import InputError
 from thinktuning.policy import end_of_turn_ids, render_prompt
 from thinktuning.teaching import Chat, Reply, ReplyParams, Teacher
 
@@ -111,7 +112,14 @@ class Engine(Teacher):
         assert tokenizer is not None, "a teacher needs its tokenizer: give it to load_weights"
         limit = params.max_prompt_tokens
         if self.context_length is not None:
-            limit = min(limit, self.context_length - params.max_new_tokens - params.spare_tokens)
+            room = self.context_length - params.max_new_tokens - params.spare_tokens
+            if room < 1:
+                raise InputError(
+                    f"guidance: replies of {params.max_new_tokens + params.spare_tokens} tokens "
+                    f"leave no room for a prompt in the {self.context_length} positions of the "
+                    f"teacher; lower guidance.max_new_tokens"
+                )
+            limit = min(limit, room)
         prompts = [render_prompt(tokenizer, chat) for chat in chats]
         asked = [p for p in prompts if len(p) <= limit]
         sampling = SamplingParams(params.max_new_tokens, self._stop_ids, 0.0, params.pattern)

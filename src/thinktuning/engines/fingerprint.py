@@ -8,13 +8,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from thinktuning.errors import StaleWeightsError
 from thinktuning.policy import named_weights
 
 _COLUMNS = 8
-
-
-class StaleWeightsError(RuntimeError):
-    """The engine doesn't hold the weights that it was given."""
 
 
 def check(
@@ -32,13 +29,13 @@ def check(
         seed: Which columns to look at; others each time.
 
     Returns:
-        How many of vLLM's weights were compared.
+        How many of the trainer's weights were compared.
 
     Raises:
-        StaleWeightsError: If a weight differs, or if none could be compared.
+        StaleWeightsError: If a weight differs, or if one of the trainer's could not be compared.
     """
     own = dict(_of_trainer(model, seed))
-    compared = 0
+    compared: set[str] = set()
     for names, found in apply(lambda module: list(_of_vllm(module, seed))):
         if not all(name in own for name in names):
             continue  # a name that this architecture has in vLLM only
@@ -48,10 +45,14 @@ def check(
                 f"vLLM doesn't hold the trainer's weights: {', '.join(names)} differ after the "
                 f"sync, so that it would sample from another policy"
             )
-        compared += 1
-    if compared == 0:
-        raise StaleWeightsError("none of vLLM's weights could be compared with the trainer's")
-    return compared
+        compared.update(names)
+    if missing := set(own) - compared:
+        raise StaleWeightsError(
+            f"{len(missing)} weights of {type(model).__name__} can't be found in vLLM again, e.g. "
+            f"{min(missing)}, so that nothing shows whether it samples from this policy; use the "
+            f"TransformersEngine"
+        )
+    return len(compared)
 
 
 def _of_trainer(model: PreTrainedModel, seed: int) -> Iterator[tuple[str, Tensor]]:

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 _TOO_LONG = ("context length", "context_length", "context size")  # vLLM, OpenAI, llama.cpp
 _THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
 _MEND = {
+    400: "where the server isn't vLLM, set structured_outputs: none",
+    422: "where the server isn't vLLM, set structured_outputs: none",
     401: "check api_key_env",
     403: "check api_key_env",
     404: "check model, and base_url, which mostly ends in /v1",
@@ -88,8 +90,9 @@ class OpenAIEngine(Teacher):
 
     @property
     def identity(self) -> str:
-        """Server, model and revision."""
-        return f"{type(self).__name__} {self.base_url} {self.model} {self.revision}"
+        """Server, model, revision, and whether replies keep to a pattern."""
+        served = f"{self.base_url} {self.model} {self.revision}"
+        return f"{type(self).__name__} {served} {self.structured_outputs}"
 
     def reply(self, chats: Sequence[Chat], params: ReplyParams) -> list[Reply]:
         """Ask about every chat; see ``Teacher``. Whether a prompt is too long the server says."""

@@ -74,6 +74,10 @@ class TransformersEngine(Engine):
         assert self._model is not None, "load_weights must come first"
         return getattr(self._model.config, "max_position_embeddings", None)
 
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = self._grammars = self._described = None
+
     @torch.no_grad()
     def sample(
         self,

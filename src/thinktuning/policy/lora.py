@@ -1,5 +1,6 @@
 """A student that is a LoRA on frozen weights: one copy of them for student, reference, teacher."""
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ class LoraSettings:
 
     Attributes:
         rank: Of every adapter, >= 1.
-        alpha: An adapter's output is scaled by alpha / rank.
+        alpha: An adapter's output is scaled by alpha / rank; positive.
         target_modules: Names of the linear layers that get one, or all-linear.
     """
 
@@ -26,8 +27,11 @@ class LoraSettings:
     target_modules: list[str] | str = "all-linear"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"model.lora: rank must be at least 1, got {self.rank}")
+        if self.rank < 1 or self.alpha <= 0:
+            raise InputError(
+                f"model.lora: rank must be at least 1 and alpha positive, got {self.rank} and "
+                f"{self.alpha}"
+            )
 
 
 def with_adapters(model: PreTrainedModel, settings: LoraSettings) -> "PeftModel":
@@ -46,6 +50,6 @@ def with_adapters(model: PreTrainedModel, settings: LoraSettings) -> "PeftModel"
     )
     try:
         adapted = get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise InputError(f"model.lora: {error}") from error
     return adapted.eval()

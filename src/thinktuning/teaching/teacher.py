@@ -9,6 +9,7 @@ from thinktuning.teaching.feedback import FeedbackForm, format_feedback, parse_f
 
 Chat = list[dict[str, str]]
 
+_TAG_TOKENS = 24  # more than what closing one part and opening the next takes
 _SYSTEM = """\
 You read a question and my answer to it, and you go on thinking for me, in the first person, as if \
 you were me. In my reflection I {instructions}.
@@ -131,12 +132,13 @@ def ask_in_form(
     Returns:
         One reply per chat.
     """
-    params = ReplyParams(
-        form.open_tokens, max_prompt_tokens, form.pattern, spare_tokens=form.closing_tokens
-    )
-    replies = teacher.reply(chats, params)
     if not teacher.can_continue:
-        return replies
+        return teacher.reply(
+            chats, ReplyParams(form.max_new_tokens, max_prompt_tokens, form.pattern)
+        )
+    spare = form.closing_tokens + _TAG_TOKENS
+    params = ReplyParams(form.open_tokens, max_prompt_tokens, form.pattern, spare)
+    replies = teacher.reply(chats, params)
     begun = {
         i: start
         for i, r in enumerate(replies)
@@ -145,9 +147,8 @@ def ask_in_form(
     if not begun:
         return replies
     longer = [[*chats[i], {"role": "assistant", "content": start}] for i, start in begun.items()]
-    params = ReplyParams(
-        form.closing_tokens, max_prompt_tokens + form.open_tokens, form.closing_pattern
-    )
+    longest = max_prompt_tokens + form.open_tokens + _TAG_TOKENS
+    params = ReplyParams(form.closing_tokens, longest, form.closing_pattern)
     for (i, start), end in zip(begun.items(), teacher.reply(longer, params), strict=True):
         replies[i] = replace(end, text=start + end.text, closed=True)
     return replies
