@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -99,7 +100,8 @@ class VLLMEngine(Engine):
             return
         folder = resolve(self.pretrained)
         self._tokenizer = load_tokenizer(self.pretrained)
-        self._llm = self._new_llm(folder)
+        with self._on_its_own():
+            self._llm = self._new_llm(folder)
         self._stop_ids = end_of_turn_ids(self._tokenizer, load_generation_config(self.pretrained))
         self._identity = f"{folder} {revision(folder)}"
 
@@ -118,7 +120,7 @@ class VLLMEngine(Engine):
         frozen = not any(p.requires_grad for p in model.parameters())
         if frozen and model is self._held and self._held_frozen:
             return
-        with _without_autocast():
+        with self._on_its_own():
             if self._llm is None:
                 self._llm = self._new_llm(str(model.name_or_path))
             self._held = None
@@ -169,7 +171,7 @@ class VLLMEngine(Engine):
                         else StructuredOutputsParams(regex=params.pattern),
                     )
                 )
-        with _without_autocast():
+        with self._on_its_own():
             outputs = self._llm.generate(requests, settings, use_tqdm=False)
         finished = iter([_completion(output.outputs[0]) for output in outputs])
         return [[next(finished) for _ in own] for own in seeds]
@@ -214,6 +216,17 @@ class VLLMEngine(Engine):
         dtype = self._llm.llm_engine.model_config.dtype
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+    @contextmanager
+    def _on_its_own(self) -> Iterator[None]:
+        """Keep the trainer's mixed precision out of vLLM, and compilers too where it is eager: it
+        would compile small functions all the same, and fail where there is no working compiler.
+        """
+        eager = not torch.cuda.is_available() if self.eager is None else self.eager
+        stance = torch.compiler.set_stance("force_eager" if eager else "default")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with torch.autocast(device, enabled=False), stance:
+            yield
 
     def _apply(self, function: Any) -> Any:
         """Call a function on vLLM's own model."""
@@ -265,11 +278,6 @@ class VLLMEngine(Engine):
         except (ValueError, RuntimeError, OSError, TypeError) as error:
             reason = " ".join((str(error).strip() or repr(error)).splitlines()[:2])
             raise InputError(f"vLLM can't load {name!r}: {reason.split(' [type=')[0]}") from error
-
-
-def _without_autocast() -> torch.autocast:
-    """The trainer's mixed precision isn't vLLM's."""
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", enabled=False)
 
 
 def _positions(name: str) -> int | None:
