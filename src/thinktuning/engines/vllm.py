@@ -188,12 +188,11 @@ class VLLMEngine(Engine):
         return self._llm.llm_engine.model_config.max_model_len
 
     def sleep(self) -> None:
-        """Free the GPU's memory; weights that come from the trainer needn't be kept."""
+        """Free the GPU's memory; the weights come from the trainer again."""
         if self._llm is not None and self._can_sleep and not self._asleep:
-            self._llm.sleep(level=2 if self.needs_weights else 1)
+            self._llm.sleep(level=2)
             self._asleep = True
-            if self.needs_weights:
-                self._held = None
+            self._held = None
 
     def wake(self) -> None:
         """Take the GPU's memory back; the student's weights come with the next sync."""
