@@ -39,7 +39,9 @@ def fit_arguments(student: Path, questions: Path, root: Path, *more: str) -> lis
     ]
 
 
-def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    arguments: list[str], timeout: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command where it finds the modules of the tests."""
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
@@ -47,7 +49,7 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
     )
 
 

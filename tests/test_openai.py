@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -479,8 +478,6 @@ def test_a_run_that_the_server_refuses_ends_without_a_traceback(
 
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory) -> Iterator[VllmServer]:
-    if find_spec("vllm") is None:
-        pytest.skip("needs vLLM")
     folder = tmp_path_factory.mktemp("teacher")
     tiny.save(folder / "model", "llama", "own_pad", width=64, heads=2)
     made = VllmServer(folder / "model", folder / "server.log")

@@ -1,13 +1,11 @@
 """Two processes train what one process trains on the same global batch."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from running import checkpoint, fit_arguments, scalars
+from running import checkpoint, fit_arguments, run, scalars
 
 pytestmark = pytest.mark.slow
 
@@ -16,14 +14,7 @@ def fit(student, questions, root: Path, *more: str) -> None:
     arguments = fit_arguments(
         student, questions, root, "--model.num_mini_batches=2", "--data.val_size=0", *more
     )
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "thinktuning.cli", *arguments],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    done = run([sys.executable, "-m", "thinktuning.cli", *arguments], timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

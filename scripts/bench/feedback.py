@@ -8,18 +8,21 @@ shown the four behaviors and decodes greedily.
 
 import argparse
 import json
-import platform
-import subprocess
 import time
-from importlib.metadata import version
 
-import torch
+from provenance import provenance
 from rich.console import Console
 from rich.table import Table
 
 from thinktuning.data import load_questions
 from thinktuning.engines import Engine, SamplingParams, TransformersEngine, VLLMEngine, derive_seed
-from thinktuning.policy import end_of_turn_ids, load_model, load_tokenizer, render_prompt
+from thinktuning.policy import (
+    completion_text,
+    end_of_turn_ids,
+    load_model,
+    load_tokenizer,
+    render_prompt,
+)
 from thinktuning.teaching import (
     FeedbackForm,
     Reply,
@@ -70,9 +73,7 @@ def main() -> None:
     groups = engine.sample(prompts, seeds, SamplingParams(160, stop_ids, 0.7))
     behaviors = load_behaviors(BEHAVIORS)
     chats = [
-        teacher_chat(
-            behaviors, q, str(tokenizer.decode(list(c.token_ids), skip_special_tokens=True))
-        )
+        teacher_chat(behaviors, q, completion_text(tokenizer, c.token_ids))
         for q, (c,) in zip(questions, groups, strict=True)
     ]
     table = Table("replies", "parsed", "closed in a second request", "seconds")
@@ -87,12 +88,7 @@ def main() -> None:
         _report(table, name, replies, seconds)
     console = Console()
     console.print(table)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "xgrammar"))
-    console.print(
-        f"{vars(arguments)}; {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads; {packages}; commit {commit.stdout.strip()}"
-    )
+    console.print(provenance(arguments))
 
 
 def _report(table: Table, name: str, replies: list[Reply], seconds: float) -> None:

@@ -46,6 +46,7 @@ from thinktuning.objective import (
 from thinktuning.policy import (
     LoraSettings,
     completion_logprobs,
+    completion_text,
     end_of_turn_ids,
     load_model,
     load_tokenizer,
@@ -318,9 +319,7 @@ class ThinkTuningModule(LightningModule):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a completion without its control tokens."""
-        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
+        return completion_text(self.tokenizer, token_ids)
 
     def _with_fixed_logprobs(self, inputs: PolicyInputs) -> PolicyInputs:
         """Add the logprobs that stay fixed during the update, as far as it needs them."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from thinktuning.errors import InputError
-from thinktuning.policy import end_of_turn_ids, render_prompt
+from thinktuning.policy import completion_text, end_of_turn_ids, render_prompt
 from thinktuning.teaching import Chat, Reply, ReplyParams, Teacher
 
 
@@ -130,8 +130,7 @@ class Engine(Teacher):
                 replies.append(Reply(skipped="prompt_too_long"))
                 continue
             (completion,) = next(groups)
-            text = tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
-            assert isinstance(text, str)
+            text = completion_text(tokenizer, completion.token_ids)
             replies.append(Reply(text, cut_off=completion.finish_reason == "length"))
         return replies
 

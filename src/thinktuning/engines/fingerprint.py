@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from thinktuning.errors import StaleWeightsError
-from thinktuning.policy import named_weights
+from thinktuning.policy import base_of, named_weights
 
 _COLUMNS = 8
 
@@ -56,11 +56,9 @@ def check(
 
 
 def _of_trainer(model: PreTrainedModel, seed: int) -> Iterator[tuple[str, Tensor]]:
-    base: Any = model
-    base = base.get_base_model() if hasattr(model, "peft_config") else model
     transposed = {
         f"{name.removesuffix('.base_layer')}.weight"
-        for name, module in base.named_modules()
+        for name, module in base_of(model).named_modules()
         if isinstance(module, Conv1D)
     }
     for name, weight in named_weights(model, tied=True):

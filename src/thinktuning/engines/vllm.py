@@ -88,8 +88,7 @@ class VLLMEngine(Engine):
         self.kv_cache_gib = kv_cache_gib
         self.eager = eager
         self._llm: vllm.LLM | None = None
-        self._held: PreTrainedModel | None = None
-        self._held_frozen = False
+        self._held: PreTrainedModel | None = None  # only a frozen one, which needn't be sent again
         self._syncs = 0
         self._asleep = False
         self._can_sleep = False
@@ -118,7 +117,7 @@ class VLLMEngine(Engine):
         """
         # A LoRA student without its adapters is frozen, and is the same model with them.
         frozen = not any(p.requires_grad for p in model.parameters())
-        if frozen and model is self._held and self._held_frozen:
+        if frozen and model is self._held:
             return
         with self._on_its_own():
             if self._llm is None:
@@ -129,7 +128,7 @@ class VLLMEngine(Engine):
             self._llm.reset_prefix_cache()
             self._syncs += 1
             fingerprint.check(model, self._apply, self._engine_dtype, seed=self._syncs)
-        self._held, self._held_frozen = model, frozen
+        self._held = model if frozen else None
         self._describe(model, tokenizer)
 
     def _receive(self, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -216,13 +215,16 @@ class VLLMEngine(Engine):
         assert isinstance(dtype, torch.dtype)
         return dtype
 
+    @property
+    def _runs_eagerly(self) -> bool:
+        return not torch.cuda.is_available() if self.eager is None else self.eager
+
     @contextmanager
     def _on_its_own(self) -> Iterator[None]:
         """Keep the trainer's mixed precision out of vLLM, and compilers too where it is eager: it
         would compile small functions all the same, and fail where there is no working compiler.
         """
-        eager = not torch.cuda.is_available() if self.eager is None else self.eager
-        stance = torch.compiler.set_stance("force_eager" if eager else "default")
+        stance = torch.compiler.set_stance("force_eager" if self._runs_eagerly else "default")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with torch.autocast(device, enabled=False), stance:
             yield
@@ -262,7 +264,7 @@ class VLLMEngine(Engine):
             "max_model_len": longest,
             "gpu_memory_utilization": self.memory_fraction,
             "kv_cache_memory_bytes": None if cache is None else int(cache * 2**30),
-            "enforce_eager": not on_gpu if self.eager is None else self.eager,
+            "enforce_eager": self._runs_eagerly,
             "enable_sleep_mode": self._can_sleep,
             # vLLM 0.32 on CPUs crashes where a seeded request's prompt is read in pieces.
             "enable_chunked_prefill": on_gpu,

@@ -8,12 +8,9 @@ from torch import Tensor
 
 from thinktuning.errors import InputError
 from thinktuning.objective.means import Mean, masked_mean
-from thinktuning.objective.mismatch import importance_weight
+from thinktuning.objective.mismatch import MAX_LOG_RATIO, importance_weight
 from thinktuning.objective.shaping import advantage_aware_weight, luffy_weight, unshaped_weight
 from thinktuning.types import PolicyInputs
-
-# Ratios beyond exp(20) are clipped in any case; without the bound, inf * 0 would poison gradients.
-_MAX_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,7 @@ def policy_loss(inputs: PolicyInputs, config: ObjectiveConfig) -> LossOutput:
         metrics["importance_capped"] = masked_mean(importance >= config.importance_cap, own)
     if config.kl_coef > 0:
         assert inputs.ref_logprobs is not None, "a KL term needs ref_logprobs"
-        log_x = (inputs.ref_logprobs - logprobs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+        log_x = (inputs.ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         kl = log_x.expm1() - log_x  # exp(x) - 1 would cancel where the policies are close
         token_loss = token_loss + config.kl_coef * kl
         metrics["kl"] = masked_mean(kl.detach(), mask)
@@ -215,7 +212,7 @@ def _clipped_loss(
 ) -> tuple[Tensor, Tensor]:
     """PPO-clip of every token, and where its gradient is cut off: [B, T] each."""
     advantages = inputs.advantages[:, None]
-    log_ratio = torch.where(own, logprobs - old, 0.0).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    log_ratio = torch.where(own, logprobs - old, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     high = config.clip_eps if config.clip_eps_high is None else config.clip_eps_high
     plain = -ratio * advantages

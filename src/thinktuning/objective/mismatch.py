@@ -7,6 +7,9 @@ from torch import Tensor
 
 from thinktuning.objective.means import Mean, masked_mean
 
+# Ratios beyond exp(20) are clipped in any case; without the bound, inf * 0 would poison gradients.
+MAX_LOG_RATIO = 20.0
+
 
 class SamplingGap(NamedTuple):
     """How far the trainer's policy is from the one that sampled, over some tokens.
@@ -37,7 +40,7 @@ def sampling_gap(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> S
     difference = torch.where(mask, logprobs.detach() - sampling_logprobs, 0.0)
     size = difference.abs()
     # Gaps are small, and r - 1 - log r would drown in float32's rounding of r.
-    k3 = difference.clamp(max=20).expm1() - difference
+    k3 = difference.clamp(max=MAX_LOG_RATIO).expm1() - difference
     return SamplingGap(masked_mean(size, mask), size.max(), masked_mean(k3, mask))
 
 
@@ -69,5 +72,5 @@ def importance_weight(
     log_ratio = torch.where(mask, old_logprobs.detach() - sampling_logprobs, 0.0)
     if level == "sequence":
         log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
-    weight = log_ratio.clamp(max=20).exp().clamp(max=cap)
+    weight = log_ratio.clamp(max=MAX_LOG_RATIO).exp().clamp(max=cap)
     return torch.where(mask, weight, 1.0)

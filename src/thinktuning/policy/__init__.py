@@ -9,13 +9,15 @@ from thinktuning.policy.loading import (
 )
 from thinktuning.policy.logprobs import completion_logprobs
 from thinktuning.policy.lora import LoraSettings, with_adapters
-from thinktuning.policy.prompts import Message, render_prompt
-from thinktuning.policy.weights import named_weights
+from thinktuning.policy.prompts import Message, completion_text, render_prompt
+from thinktuning.policy.weights import base_of, named_weights
 
 __all__ = [
     "LoraSettings",
     "Message",
+    "base_of",
     "completion_logprobs",
+    "completion_text",
     "end_of_turn_ids",
     "load_generation_config",
     "load_model",

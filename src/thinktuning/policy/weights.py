@@ -20,14 +20,13 @@ def named_weights(model: nn.Module, tied: bool = False) -> Iterator[tuple[str, T
     Yields:
         Name as in the Transformers model, and the weight, detached.
     """
-    if not hasattr(model, "peft_config"):
+    base = base_of(model)
+    if base is model:
         for name, parameter in model.named_parameters(remove_duplicate=not tied):
             yield name, parameter.detach()
         return
     from peft.tuners.lora import LoraLayer  # slow to import
 
-    base: Any = model
-    base = base.get_base_model()
     layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
     for name, parameter in base.named_parameters(remove_duplicate=not tied):
         if "lora_" in name:
@@ -38,3 +37,9 @@ def named_weights(model: nn.Module, tied: bool = False) -> Iterator[tuple[str, T
             for adapter in layer.active_adapters:
                 weight = weight + layer.get_delta_weight(adapter).detach().to(weight.dtype)
         yield name.replace(_ADAPTED, ""), weight
+
+
+def base_of(model: Any) -> nn.Module:
+    """The Transformers model inside of peft's, or the model itself."""
+    base: nn.Module = model.get_base_model() if hasattr(model, "peft_config") else model
+    return base
