@@ -33,3 +33,20 @@ class ScriptedTeacher(Teacher):
         boxes = re.findall(r"\\boxed{[^}]*}", question.rsplit("My answer:", 1)[-1])
         box = boxes[-1] if boxes else ""
         return REPLY.format(reason=self.reason, phrase=self.phrase.replace("{box}", box))
+
+
+class PickyTeacher(ScriptedTeacher):
+    """Replies to answers to some questions only; the others stay unguided.
+
+    Args:
+        word: What the questions contain.
+    """
+
+    def __init__(self, word: str = "0 plus") -> None:
+        super().__init__()
+        self.word = word
+
+    def reply(self, chats: Sequence[Chat], params: ReplyParams) -> list[Reply]:
+        replies = super().reply(chats, params)
+        asked = [self.word in chat[-1]["content"].split("My answer:")[0] for chat in chats]
+        return [r if a else Reply("No idea.") for r, a in zip(replies, asked, strict=True)]

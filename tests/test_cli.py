@@ -4,7 +4,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from thinktuning.cli import main
 from thinktuning.errors import InputError
@@ -130,6 +132,8 @@ def test_faults_that_show_at_the_start_of_a_run(student, questions, tmp_path, ar
 
 def test_scaled_losses_are_refused():
     module = ThinkTuningModule()
-    module._trainer = SimpleNamespace(precision="16-mixed")  # Lightning refuses it on a CPU
-    with pytest.raises(InputError, match="use bf16-mixed"):
-        module.on_fit_start()
+    # Lightning makes another precision of it on a CPU.
+    strategy = SingleDeviceStrategy(device=torch.device("cpu"))
+    module._trainer = SimpleNamespace(precision="16-mixed", strategy=strategy)
+    with pytest.raises(InputError, match=r"expected bf16-mixed .* a scaled loss"):
+        module.setup("fit")

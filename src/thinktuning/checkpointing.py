@@ -1,15 +1,21 @@
-"""Checkpoint files that are whole or not there."""
+"""Checkpoints that are whole or not there: files, and the folders that ranks write together."""
 
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from thinktuning.errors import InputError
+
+META = "meta.pt"
+"""What a folder holds beside its tensors; written last."""
 
 # What torch.load was seen to raise on cut off, overwritten and foreign files.
 _DAMAGED = (
@@ -37,27 +43,97 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         assert storage_options is None, "local files take no storage options"
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".tmp")
-        try:
-            with unfinished.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)  # half a checkpoint on a full disk helps nobody
+        save_file(checkpoint, path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint; nothing in it can run code."""
+        """Read a checkpoint; nothing in a file can run code.
+
+        A folder is read whole, with its optimizer's state as one process has it.
+        """
+        if not Path(path).is_dir():
+            return read_file(Path(path), map_location)
+        read_meta(Path(path))  # says so if the folder isn't a checkpoint
         try:
-            checkpoint: dict[str, Any] = torch.load(
-                path, map_location=map_location, weights_only=True
-            )
-        except _DAMAGED as error:
-            raise InputError(
-                f"the checkpoint {str(path)!r} is damaged, or was not written by `thinktuning fit`:"
-                f" {(str(error) or repr(error)).splitlines()[0]}"
-            ) from error
-        return checkpoint
+            checkpoint = _load_distributed_checkpoint(Path(path))
+        except (*_DAMAGED, OSError, CheckpointException) as error:
+            raise InputError(_damaged(Path(path), error)) from error
+        optimizers = [name for name in checkpoint if name.startswith("optimizer_")]
+        states = [by_index(checkpoint.pop(name)) for name in sorted(optimizers)]
+        return {**checkpoint, "optimizer_states": states}
+
+
+def save_file(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a file that appears under its name when it is whole, on the disk."""
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)  # half a checkpoint on a full disk helps nobody
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What a folder holds beside its tensors.
+
+    Raises:
+        InputError: If the folder isn't a checkpoint.
+    """
+    if not (folder / META).is_file():
+        raise InputError(f"the folder {str(folder)!r} isn't a checkpoint: it has no {META}")
+    return read_file(folder / META)
+
+
+def sharded_names(folder: Path) -> list[str]:
+    """Names of the weights in a folder."""
+    metadata = FileSystemReader(folder).read_metadata()
+    prefix = "state_dict."
+    return [n.removeprefix(prefix) for n in metadata.state_dict_metadata if n.startswith(prefix)]
+
+
+def by_index(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with its parameters numbered in their order, as torch does."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    return _renamed(state, {name: i for i, name in enumerate(names)})
+
+
+def by_name(state: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The opposite of ``by_index``: ``names`` are those of the parameters in their order."""
+    return _renamed(state, dict(enumerate(names)))
+
+
+def _renamed(state: dict[str, Any], new: dict[Any, Any]) -> dict[str, Any]:
+    return {
+        # A folder has no empty dictionaries: that of plain SGD is missing.
+        "state": {new[key]: value for key, value in state.get("state", {}).items()},
+        "param_groups": [
+            {**group, "params": [new[key] for key in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }
+
+
+def read_file(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """Read a file; with ``mmap`` the ranks of a machine share its pages.
+
+    Raises:
+        InputError: If it is damaged or foreign.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(
+            path, map_location=map_location, weights_only=True, mmap=mmap
+        )
+    except _DAMAGED as error:
+        raise InputError(_damaged(path, error)) from error
+    return checkpoint
+
+
+def _damaged(path: Path, error: BaseException) -> str:
+    return (
+        f"the checkpoint {str(path)!r} is damaged, or was not written by `thinktuning fit`: "
+        f"{(str(error) or repr(error)).splitlines()[0]}"
+    )

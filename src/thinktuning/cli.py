@@ -1,9 +1,10 @@
-"""The command line: ``thinktuning fit | validate | test | export``."""
+"""The command line: ``thinktuning fit | validate | test | plan | export``."""
 
 import logging
 import re
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
 
 from thinktuning import runs
 from thinktuning.callbacks import (
@@ -26,14 +28,20 @@ from thinktuning.callbacks import (
 from thinktuning.checkpointing import AtomicCheckpointIO
 from thinktuning.data import GSM8KDataModule
 from thinktuning.engines import Engine, TransformersEngine
-from thinktuning.errors import InputError, StaleWeightsError
+from thinktuning.errors import InputError, LostGradientsError, StaleWeightsError
 from thinktuning.export import export
 from thinktuning.module import ThinkTuningModule
+from thinktuning.plan import PlanOptions, make_plan, print_plan, read_job
 from thinktuning.report import print_report
+from thinktuning.strategy import check_strategy
 
 _DESCRIPTION = """ThinkTuning: teach a language model behaviors that it never samples.
 `thinktuning fit --config FILE` trains; `thinktuning SUBCOMMAND --help` is the manual;
+`thinktuning plan --config FILE` says what memory and work that would take;
 `thinktuning export --ckpt_path FILE --output DIR` writes a Hugging Face folder."""
+
+_PLAN_DESCRIPTION = """Memory and work of `thinktuning fit` on each device, from its configuration
+and the model's config.json: no weights are read, nothing is trained. Takes what `fit` takes."""
 
 _USAGE = "thinktuning {fit,validate,test} [-c FILE]... [--SECTION.OPTION VALUE]..."
 
@@ -101,6 +109,7 @@ class ThinkTuningCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the run its folder: a new one, or that of the checkpoint it resumes from."""
         settings = self._get(self.config_init, "trainer")
+        check_strategy(settings["strategy"])  # before Lightning, which would fail less clearly
         root = Path(settings["default_root_dir"])
         checkpoint = self._checkpoint(root)
         run = (checkpoint and runs.run_of(checkpoint)) or runs.new_run(root)
@@ -144,6 +153,23 @@ class ThinkTuningCLI(LightningCLI):
             print_report(self.trainer, self.run)
 
 
+class PlanCLI(ThinkTuningCLI):
+    """``thinktuning plan``: reads what ``fit`` reads, and makes none of it."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The planner's own options come first."""
+        parser = super().init_parser(**kwargs)
+        parser.usage = "thinktuning plan [-c FILE]... [--OPTION VALUE]..."
+        parser.add_class_arguments(PlanOptions)
+        parser.add_argument("--ckpt_path", help="In the config.yaml of a run; not read.")
+        return parser
+
+    def instantiate_classes(self) -> None:
+        """Plan instead."""
+        options = PlanOptions(**{f.name: self.config[f.name] for f in fields(PlanOptions)})
+        print_plan(make_plan(read_job(self.config, options)), options, Console())
+
+
 def _seed(seed: bool | int) -> int:
     if isinstance(seed, bool):
         raise InputError("seed_everything must be an integer, so that the run can be repeated")
@@ -156,7 +182,6 @@ def _silence_untrue_warnings() -> None:
         "Using ModelCheckpoint with manual optimization",  # the weights are meant as they are
         "Found .* module\\(s\\) in eval mode",  # dropout must stay off
         "Total length of .* across ranks is zero",  # no validation was asked for
-        "MatMul8bitLt",  # that an 8-bit teacher computes in 16 bits, once per layer and token
         ".*LeafSpec.*deprecated",
         "LightningCLI's args parameter",
         "Checkpoint directory .* exists and is not empty",  # a resumed run goes on where it was
@@ -166,6 +191,8 @@ def _silence_untrue_warnings() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     # That its 4-bit kernels could be faster, even where nothing is in 4 bits.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # That 8-bit layers compute in 16 bits, once per layer and token.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -178,6 +205,17 @@ def main(args: list[str] | None = None) -> None:
                 export, args=arguments[1:], as_positional=False, prog="thinktuning export"
             )
             return
+        if arguments[:1] == ["plan"]:
+            PlanCLI(
+                ThinkTuningModule,
+                GSM8KDataModule,
+                args=arguments[1:],
+                run=False,
+                auto_configure_optimizers=False,
+                seed_everything_default=1,
+                parser_kwargs={"description": _PLAN_DESCRIPTION, "prog": "thinktuning plan"},
+            )
+            return
         ThinkTuningCLI(
             ThinkTuningModule,
             GSM8KDataModule,
@@ -188,7 +226,12 @@ def main(args: list[str] | None = None) -> None:
             trainer_defaults={"callbacks": [RolloutProgress(), SampleLog(), AuditLog()]},
             parser_kwargs={"description": _DESCRIPTION, "prog": "thinktuning"},
         )
-    except (ValueError, MisconfigurationException, StaleWeightsError) as error:
+    except (
+        ValueError,
+        MisconfigurationException,
+        StaleWeightsError,
+        LostGradientsError,
+    ) as error:
         sys.exit(f"error: {_users_fault(error)}")
 
 
@@ -196,7 +239,9 @@ def _users_fault(error: Exception) -> Exception:
     """What a user can mend in an error; jsonargparse wraps those of optional arguments."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, (InputError, MisconfigurationException, StaleWeightsError)):
+        if isinstance(
+            cause, (InputError, MisconfigurationException, StaleWeightsError, LostGradientsError)
+        ):
             return cause
         cause = cause.__cause__ or cause.__context__
     raise error

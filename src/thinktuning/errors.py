@@ -10,3 +10,7 @@ class InputError(ValueError):
 
 class StaleWeightsError(RuntimeError):
     """An engine doesn't hold the weights that it was given."""
+
+
+class LostGradientsError(RuntimeError):
+    """The loss has a gradient, but none of it arrives at the trained weights."""

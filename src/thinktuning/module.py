@@ -12,16 +12,15 @@ How it differs from the paper and from the authors' recipe:
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
@@ -39,22 +38,23 @@ from thinktuning.metrics import StepMetrics, rollout_means
 from thinktuning.objective import (
     Mean,
     ObjectiveConfig,
-    policy_loss,
-    sampling_gap,
-    token_weights,
 )
 from thinktuning.policy import (
     LoraSettings,
-    completion_logprobs,
     completion_text,
     end_of_turn_ids,
+    load_base,
     load_model,
     load_tokenizer,
+    recompute_activations,
+    shard,
     with_adapters,
 )
 from thinktuning.rewards import MathReward, Reward, score, verify_math
-from thinktuning.tensors import policy_inputs, split, trim, with_advantages
-from thinktuning.types import Outcome, PolicyInputs, Prompt, Rollout, RolloutBatch
+from thinktuning.strategy import FSDP2Strategy, check_strategy
+from thinktuning.tensors import policy_inputs, with_advantages
+from thinktuning.types import Outcome, Prompt, Rollout, RolloutBatch
+from thinktuning.update import PolicyUpdate
 
 _REFERENCE = "reference."
 
@@ -82,6 +82,8 @@ class ThinkTuningModule(LightningModule):
         warmup_steps: Rollout batches over which the learning rate rises from 0; constant after.
         max_grad_norm: Gradients are clipped to this norm; null doesn't clip.
         attention: Transformers' attn_implementation.
+        activation_checkpointing: Keep only the inputs of each transformer block for the backward
+            and compute the rest again: less memory, a third more work in the update.
         lora: Train adapters on frozen weights, which are then the reference as well: one copy of
             them for student, reference and teacher. null trains all weights.
         seed: Of sampling and selection; taken from seed_everything by the CLI.
@@ -105,6 +107,7 @@ class ThinkTuningModule(LightningModule):
         warmup_steps: int = 0,
         max_grad_norm: float | None = 1.0,
         attention: str = "sdpa",
+        activation_checkpointing: bool = False,
         lora: LoraSettings | None = None,
         seed: int = 0,
     ) -> None:
@@ -146,6 +149,7 @@ class ThinkTuningModule(LightningModule):
         self.warmup_steps = warmup_steps
         self.max_grad_norm = max_grad_norm
         self.attention = attention
+        self.activation_checkpointing = activation_checkpointing
         self.lora = lora
         self.seed = seed
         self.val_accuracy, self.val_no_answer = MeanMetric(), MeanMetric()
@@ -153,18 +157,48 @@ class ThinkTuningModule(LightningModule):
 
     # ---------------------------------------------------------------- models
 
+    def setup(self, stage: str) -> None:
+        """Refuse what can't be done right."""
+        check_strategy(self.trainer.strategy)
+        precision = str(self.trainer.precision)
+        if precision not in ("32-true", "bf16-mixed"):
+            raise InputError(
+                f"trainer.precision {precision} isn't supported; expected bf16-mixed or 32-true: "
+                f"weights stay in float32, since in fewer bits an update of 1e-6 rounds away, and "
+                f"a scaled loss (16-mixed) doesn't go with clipping here"
+            )
+        sharded = isinstance(self.trainer.strategy, FSDP2Strategy)
+        if sharded and self.lora is not None and self.lora.base == "8bit":
+            raise InputError(
+                "model.lora.base 8bit can't be cut over ranks: bitsandbytes keeps scales beside "
+                "its weights that FSDP2 doesn't know; use 4bit, bfloat16, or trainer.strategy ddp"
+            )
+
     def configure_model(self) -> None:
         """Load the policy, and the reference where a KL term or a stage asks for it."""
         if hasattr(self, "policy"):
             return
         self.tokenizer = load_tokenizer(self.pretrained)
-        self.policy = load_model(self.pretrained, attention=self.attention)
+        self.policy = self._load_student()
         self.stop_ids = end_of_turn_ids(self.tokenizer, self.policy.generation_config)
         if self.lora is not None:
-            self.policy = with_adapters(self.policy, self.lora)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(self.seed, "adapters"))  # on every rank the same
+                self.policy = with_adapters(self.policy, self.lora)
         elif self._fitting() and self._needs_reference():
             self.reference = load_model(self.pretrained, attention=self.attention)
             self.reference.requires_grad_(False)
+            self._shard(self.reference)
+        if self.activation_checkpointing:
+            recompute_activations(self.policy)
+        self._shard(self.policy)
+
+    def _load_student(self) -> PreTrainedModel:
+        """The weights that are trained, or that adapters are put on."""
+        if self.lora is None:
+            return load_model(self.pretrained, attention=self.attention)
+        compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
+        return load_base(self.pretrained, self.lora.base, compute, self.attention)
 
     @contextmanager
     def as_reference(self) -> Iterator[PreTrainedModel]:
@@ -175,13 +209,11 @@ class ThinkTuningModule(LightningModule):
         with self.policy.disable_adapter():
             yield self.policy
 
-    def on_fit_start(self) -> None:
-        """Refuse what manual optimization can't do right."""
-        if self.trainer.precision == "16-mixed":
-            raise InputError(
-                "trainer.precision 16-mixed scales the loss, which clipping here doesn't undo; "
-                "use bf16-mixed or 32-true"
-            )
+    def _shard(self, model: nn.Module) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2Strategy):
+            dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
+            shard(model, strategy.device_mesh["data_parallel"], dtype, strategy.cpu_offload)
 
     def _fitting(self) -> bool:
         return self.trainer.state.fn == "fit"
@@ -199,6 +231,13 @@ class ThinkTuningModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and a learning rate that is constant after its warm-up."""
         optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
+        of_library = type(optimizer).__module__.partition(".")[0]
+        if of_library == "bitsandbytes" and isinstance(self.trainer.strategy, FSDP2Strategy):
+            raise InputError(
+                f"model.optimizer {type(optimizer).__name__} can't step weights that are cut over "
+                f"ranks: bitsandbytes doesn't know them; use torch.optim.AdamW, whose state FSDP2 "
+                f"cuts as well, or trainer.strategy ddp"
+            )
         warmup = self.warmup_steps
         # Stepped once a rollout batch; the first batch already learns.
         scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
@@ -257,10 +296,10 @@ class ThinkTuningModule(LightningModule):
                 rollouts = score(rollouts, self.rewards)
                 rollouts = with_advantages(rollouts, self.objective.advantage_scale)
             with self._stage("logprobs", metrics):
-                inputs = self._with_fixed_logprobs(policy_inputs(rollouts, self.device))
-                self._compare_before_update(inputs, metrics)
+                update = PolicyUpdate(self, metrics)
+                inputs = update.with_fixed_logprobs(policy_inputs(rollouts, self.device))
             with self._stage("update", metrics):
-                trained_tokens = self._update(inputs, metrics)
+                trained_tokens = update.run(inputs)
         metrics.add(rollout_means(rollouts))
         sampled_tokens = sum(len((r.original or r).completion_ids) for r in rollouts.rollouts)
         for name, tokens in (("rollout", sampled_tokens), ("update", trained_tokens)):
@@ -297,6 +336,8 @@ class ThinkTuningModule(LightningModule):
     def _complete(
         self, prompts: Sequence[Prompt], seeds: list[list[int]], params: SamplingParams
     ) -> list[list[Completion]]:
+        if not prompts:  # this rank's part of the last validation batch
+            return []
         longest, limit = max(len(p.token_ids) for p in prompts), self.engine.context_length
         if limit is not None and longest + params.max_new_tokens > limit:
             raise InputError(
@@ -320,138 +361,6 @@ class ThinkTuningModule(LightningModule):
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a completion without its control tokens."""
         return completion_text(self.tokenizer, token_ids)
-
-    def _with_fixed_logprobs(self, inputs: PolicyInputs) -> PolicyInputs:
-        """Add the logprobs that stay fixed during the update, as far as it needs them."""
-        if self.num_mini_batches > 1:
-            inputs = replace(inputs, old_logprobs=self._frozen_logprobs(self.policy, inputs))
-        if self.objective.kl_coef > 0:
-            with self.as_reference() as reference:
-                inputs = replace(inputs, ref_logprobs=self._frozen_logprobs(reference, inputs))
-        return inputs
-
-    @torch.no_grad()
-    def _frozen_logprobs(self, model: nn.Module, inputs: PolicyInputs) -> Tensor:
-        width = inputs.completion_mask.shape[1]
-        rows = []
-        for micro in split(inputs, self.micro_batch_size):
-            logprobs = completion_logprobs(model, trim(micro), self.temperature).logprobs
-            rows.append(nn.functional.pad(logprobs, (0, width - logprobs.shape[1])))
-        return torch.cat(rows)
-
-    def _compare_before_update(self, inputs: PolicyInputs, metrics: StepMetrics) -> None:
-        """Compare engine and trainer where the update won't: on all rollouts if their logprobs are
-        there already, on one of them if the update will read none.
-        """
-        if inputs.old_logprobs is not None:
-            self._compare(inputs.old_logprobs, inputs, metrics)
-        elif not self._without_idle_rows(inputs).input_ids.shape[0]:
-            one = trim(inputs.rows(slice(0, 1)))
-            self._compare(self._frozen_logprobs(self.policy, one), one, metrics)
-
-    def _compare(self, logprobs: Tensor, inputs: PolicyInputs, metrics: StepMetrics) -> None:
-        """Note how far the engine's logprobs are from the trainer's at the same weights."""
-        assert inputs.sampling_logprobs is not None
-        sampled = inputs.completion_mask & ~inputs.injected_mask
-        gap = sampling_gap(logprobs, inputs.sampling_logprobs, sampled)
-        metrics.add({"engine/logprob_gap": gap.mean, "engine/kl": gap.k3})
-        metrics.peak("engine/logprob_gap", gap.maximum)
-
-    def _update(self, inputs: PolicyInputs, metrics: StepMetrics) -> int:
-        """Stage 3: one optimizer step per mini-batch.
-
-        Returns:
-            Completion tokens that were trained on.
-        """
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        assert isinstance(optimizer, LightningOptimizer)
-        assert isinstance(scheduler, LambdaLR)
-        trained_tokens = 0
-        size = inputs.input_ids.shape[0] // self.num_mini_batches
-        for number, mini in enumerate(split(inputs, size), start=1):
-            optimizer.zero_grad()
-            weighted = self._without_idle_rows(self._with_token_weights(mini))
-            trained_tokens += int(weighted.completion_mask.sum())
-            for micro in split(weighted, self.micro_batch_size):
-                self._backward(trim(micro), metrics)
-            self._fill_missing_gradients()
-            norm = self._clip_gradients()
-            finite = bool(norm.isfinite())
-            if not finite:
-                optimizer.zero_grad(set_to_none=True)  # the optimizer passes over missing gradients
-            clean_norm = norm.item() if finite else 0.0
-            metrics.add({"optimizer/grad_norm": Mean(clean_norm, int(finite))})
-            metrics.add({"optimizer/skipped_steps": Mean(int(not finite), 1)})
-            if number < self.num_mini_batches:
-                # Past Lightning's wrapper, so that global_step counts rollout batches.
-                self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
-            else:
-                optimizer.step()
-        metrics.add({"optimizer/learning_rate": Mean(scheduler.get_last_lr()[0], 1)})
-        scheduler.step()
-        # The losses of a step's micro-batches and ranks add up to world_size times its loss, and
-        # each rank counts its steps.
-        metrics.add({"objective/loss": Mean(0.0, self.num_mini_batches)})
-        return trained_tokens
-
-    def _with_token_weights(self, mini: PolicyInputs) -> PolicyInputs:
-        """Weigh every token by its share in the mean over this optimizer step on all ranks."""
-        counts = mini.advantages.new_tensor(
-            [mini.completion_mask.sum(), mini.completion_mask.shape[0]], dtype=torch.float64
-        )
-        num_tokens, num_sequences = self._sum_over_ranks(counts).tolist()
-        weights = token_weights(
-            mini.completion_mask,
-            self.objective.normalizer,
-            int(num_tokens),
-            int(num_sequences),
-            self.max_new_tokens,
-        )
-        # DDP and FSDP average gradients over ranks, but each rank's loss is a part of a sum.
-        return replace(mini, token_weights=weights * self.trainer.world_size)
-
-    def _without_idle_rows(self, mini: PolicyInputs) -> PolicyInputs:
-        """Leave out rollouts whose gradient is zero; the weights of the others stay."""
-        # On several ranks all must run the same number of backward passes, which synchronise.
-        if self.objective.kl_coef > 0 or self.trainer.world_size > 1:
-            return mini
-        return mini.rows(mini.advantages != 0)
-
-    def _fill_missing_gradients(self) -> None:
-        """A step without any gradient is one of gradient zero: momentum and weight decay go on."""
-        for parameter in self.policy.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-
-    def _backward(self, micro: PolicyInputs, metrics: StepMetrics) -> None:
-        scores = completion_logprobs(self.policy, micro, self.temperature)
-        scores.logprobs.retain_grad()
-        output = policy_loss(replace(micro, logprobs=scores.logprobs), self.objective)
-        self.manual_backward(output.loss)
-        assert scores.logprobs.grad is not None
-        signal = scores.logprobs.grad.abs()
-        means = {f"objective/{name}": value for name, value in output.metrics.items()}
-        for name in ("shaping_weight", "shaping_masked"):
-            means[name.replace("_", "/")] = means.pop(f"objective/{name}")
-        metrics.add(means)
-        metrics.add(
-            {
-                "objective/loss": Mean(output.loss.detach(), 0),
-                "objective/entropy": Mean(scores.entropy.sum(), micro.completion_mask.sum()),
-                "shaping/gradient_share": Mean(signal[micro.injected_mask].sum(), signal.sum()),
-            }
-        )
-        metrics.peak("shaping/weight", output.weight_max)
-        if micro.old_logprobs is None:  # this update's own are those of the weights that sampled
-            self._compare(scores.logprobs, micro, metrics)
-
-    def _clip_gradients(self) -> Tensor:
-        """Clip to ``max_grad_norm``; the norm before clipping."""
-        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        return nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(values, reduce_op="sum")
 
     # ------------------------------------------------------------ validation
 

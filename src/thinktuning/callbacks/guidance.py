@@ -122,9 +122,10 @@ class TeacherGuidance(RolloutCallback):
         assert self.planned_steps is not None, "on_train_start must come first"
         gamma = self.gamma.at(rollouts.step, self.planned_steps)
         module.log("guidance/gamma", gamma, batch_size=1)
-        selected = self._select(rollouts, gamma, module.seed)
-        if not selected:
+        if guided_count(gamma, rollouts.group_size) == 0:
             return rollouts
+        # A rank without a rollout to guide asks nothing, but helps to gather the weights.
+        selected = self._select(rollouts, gamma, module.seed)
         guidance = self._ask(module, [rollouts.rollouts[i] for i in selected])
         guided = dict(zip(selected, guidance, strict=True))
         return rollouts.with_rollouts(
@@ -163,6 +164,8 @@ class TeacherGuidance(RolloutCallback):
         return [self._guidance(reply) for reply in replies]
 
     def _replies(self, teacher: Teacher, chats: Sequence[Chat]) -> list[Reply]:
+        if not chats:
+            return []
         if self._cached is not None:
             teacher = self._cached
         if self.form is None:

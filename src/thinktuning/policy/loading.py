@@ -19,6 +19,8 @@ from thinktuning.errors import InputError
 from thinktuning.policy.embedded import EMBEDDED, embedded_model
 
 _UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError)
+_BLOCK = 64  # weights of nf4 that share a scale
+_FAST_ROWS = 32  # outputs that the kernel for AVX512-BF16 computes together
 
 
 def load_model(
@@ -33,11 +35,11 @@ def load_model(
         name: Hub id, local folder, or ``embedded``.
         dtype: Of the weights; ``auto``: that of the checkpoint.
         attention: Transformers' ``attn_implementation``.
-        quantization: Loads linear weights in 4 bits (nf4) or 8 bits through bitsandbytes, for
-            inference; None doesn't.
+        quantization: Loads linear weights in 4 bits (nf4) or 8 bits through bitsandbytes; 4-bit
+            layers compute in ``dtype``, in bfloat16 where that is ``auto``. None doesn't.
 
     Raises:
-        InputError: If ``name`` can't be loaded.
+        InputError: If ``name`` can't be loaded, or not in 4 bits on a CPU.
     """
     path = resolve(name)
     try:
@@ -55,6 +57,8 @@ def load_model(
     if report["missing_keys"]:  # Transformers would go on with random weights
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise InputError(_cannot_load("model", name, f"it has no weights for {missing}"))
+    if quantization == "4bit":
+        _fit_to_cpu(model, name)
     return model.eval()
 
 
@@ -110,6 +114,26 @@ def _quantization_config(
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
     )
+
+
+def _fit_to_cpu(model: PreTrainedModel, name: str) -> None:
+    """Refuse layers whose rows don't fill blocks of 64 weights, which share a scale. On a CPU
+    bitsandbytes 0.50 reads such layers with wrong scales: weights are off by a fifth, silently.
+    Layers that its fast kernel would choke on are kept from it.
+    """
+    from bitsandbytes.nn import Linear4bit  # slow to import
+
+    for path, layer in model.named_modules():
+        if not isinstance(layer, Linear4bit) or layer.weight.device.type != "cpu":
+            continue
+        if layer.out_features % _FAST_ROWS:
+            layer.support_avx512bf16_for_cpu = False
+        if layer.in_features % _BLOCK:
+            raise InputError(
+                f"the model {name!r} can't be used in 4 bits on a CPU: its layer {path} has "
+                f"{layer.in_features} inputs (and {layer.out_features} outputs), and bitsandbytes "
+                f"would misread it where inputs aren't a multiple of {_BLOCK}; use 8bit"
+            )
 
 
 def resolve(name: str) -> str:

@@ -1,0 +1,166 @@
+"""Models with shapes alone: what they weigh, and what their computation can be traced with."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from thinktuning.errors import InputError
+from thinktuning.plan.job import Job
+from thinktuning.policy import (
+    LoraSettings,
+    base_of,
+    recompute_activations,
+    resolve,
+    with_adapters,
+)
+from thinktuning.policy.parallel import transformer_blocks
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How big a model is.
+
+    Attributes:
+        bytes: Of all weights as they are held.
+        parameters: All of them.
+        trained: Those that are trained.
+        largest: The biggest trained tensor.
+        linear: In matrix products of every token: all but embeddings that aren't the head too.
+        root: Outside of the transformer blocks: embedding, head, last norm.
+        block: Of the biggest transformer block.
+        trained_root: Trained, outside of the blocks.
+        trained_block: Trained, of the biggest block.
+        quantized: Of the linear layers that bitsandbytes would keep in fewer bits.
+        attention: FLOP of a token's attention for every token that it looks at.
+    """
+
+    bytes: int
+    parameters: int
+    trained: int
+    largest: int
+    linear: int
+    root: int
+    block: int
+    trained_root: int
+    trained_block: int
+    quantized: int
+    attention: int
+
+
+def read_config(name: str) -> Any:
+    """A model's configuration: of a hub id, a folder or the embedded one.
+
+    Raises:
+        InputError: If there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve(name))
+    except (OSError, ValueError, KeyError) as error:
+        first_line = (str(error).strip() or repr(error)).splitlines()[0]
+        raise InputError(
+            f"cannot read the configuration of the model {name!r}: {first_line}\n"
+            f"expected a folder with config.json, a hub id that this machine can reach, or embedded"
+        ) from error
+
+
+def measure_model(name: str, job: Job) -> Sizes:
+    """Count the weights of the student, or of another model without its adapters."""
+    model = named_model(name, job)
+    base: Any = base_of(model)
+    config = base.config.get_text_config()
+    blocks = transformer_blocks(model)
+    head = base.get_output_embeddings().weight
+    embeddings = base.get_input_embeddings().weight
+    everything, trained = list(model.parameters()), trained_parameters(model.parameters())
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    block, trained_block = (
+        max(_count(select(b.parameters())) for b in blocks) for select in (list, trained_parameters)
+    )
+    in_blocks, trained_in_blocks = (
+        sum(_count(select(b.parameters())) for b in blocks) for select in (list, trained_parameters)
+    )
+    return Sizes(
+        bytes=sum(p.nbytes for p in everything),
+        parameters=_count(everything),
+        trained=_count(trained),
+        largest=max((p.numel() for p in trained), default=0),
+        linear=_count(everything) - (0 if head is embeddings else embeddings.numel()),
+        root=_count(everything) - in_blocks,
+        block=block,
+        trained_root=_count(trained) - trained_in_blocks,
+        trained_block=trained_block,
+        quantized=_linear(base, head),
+        attention=4 * len(blocks) * heads * width,
+    )
+
+
+def _linear(base: nn.Module, head: Tensor) -> int:
+    """Weights of linear layers but the head; adapters aren't counted."""
+    return sum(
+        m.weight.numel()
+        for name, m in base.named_modules()
+        if isinstance(m, nn.Linear) and m.weight is not head and "lora_" not in name
+    )
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def trained_parameters(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those that aren't frozen."""
+    return [p for p in parameters if p.requires_grad]
+
+
+def named_model(name: str, job: Job) -> Any:
+    """The student, or a teacher's model of its own."""
+    return student(job) if name == job.pretrained else _without_data(name, job, torch.float32)
+
+
+def student(job: Job) -> Any:
+    """The student without data, as ``ThinkTuningModule.configure_model`` prepares it.
+
+    Its linear layers that bitsandbytes keeps in fewer bits are those it computes with.
+    """
+    compute = torch.bfloat16 if job.mixed else torch.float32
+    # FSDP2 gathers what it computes with in the precision of the computation.
+    dtype = compute if job.strategy == "fsdp2" else torch.float32
+    if job.lora is not None:
+        dtype = compute if job.quantized else getattr(torch, job.lora.base)
+    return _without_data(job.pretrained, job, dtype, job.lora)
+
+
+def _without_data(name: str, job: Job, dtype: torch.dtype, lora: LoraSettings | None = None) -> Any:
+    """A model with shapes alone, on the device meta."""
+    config = read_config(name)
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=job.attention
+            )
+            model = model if lora is None else with_adapters(model, lora)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"cannot plan for the model {name!r}: {error}") from error
+    if job.activation_checkpointing:
+        recompute_activations(model)
+    return model.eval()
+
+
+def give_shapes(model: Any) -> Any:
+    """The model on a CPU as far as its operations can tell, in a ``FakeTensorMode``."""
+    # Not on the device meta, where attention would take memory that no device's kernel takes.
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            if weight not in made:  # tied weights stay tied
+                shape = torch.empty(weight.shape, dtype=weight.dtype)
+                made[weight] = nn.Parameter(shape, weight.requires_grad)
+            module._parameters[name] = made[weight]
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return model

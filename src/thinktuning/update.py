@@ -1,0 +1,189 @@
+"""Stage 3: the optimizer steps of one rollout batch."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from thinktuning.errors import LostGradientsError
+from thinktuning.metrics import StepMetrics
+from thinktuning.objective import Mean, policy_loss, sampling_gap, token_weights
+from thinktuning.policy import completion_logprobs, whole
+from thinktuning.tensors import split, trim
+from thinktuning.types import PolicyInputs
+
+if TYPE_CHECKING:
+    from thinktuning.module import ThinkTuningModule
+
+_LOST = (
+    "the loss has a gradient with respect to the logprobs, but that of every trained weight is "
+    "exactly 0, so that this run would learn nothing: a layer between them cuts gradients off, as "
+    "4-bit layers do that were repacked for inference. Use model.lora.base float32 or bfloat16, "
+    "and report this model"
+)
+
+
+class PolicyUpdate:
+    """Trains a module's policy on one rollout batch, and notes what it saw.
+
+    Args:
+        module: Whose policy, objective and limits they are.
+        metrics: Gets the numbers of this batch.
+    """
+
+    def __init__(self, module: "ThinkTuningModule", metrics: StepMetrics) -> None:
+        self.module = module
+        self.metrics = metrics
+
+    def with_fixed_logprobs(self, inputs: PolicyInputs) -> PolicyInputs:
+        """Add the logprobs that stay fixed during the update, as far as it needs them."""
+        if self.module.num_mini_batches > 1:
+            inputs = replace(inputs, old_logprobs=self._frozen_logprobs(self.module.policy, inputs))
+        if self.module.objective.kl_coef > 0:
+            with self.module.as_reference() as reference:
+                inputs = replace(inputs, ref_logprobs=self._frozen_logprobs(reference, inputs))
+        self._compare_before_update(inputs)
+        return inputs
+
+    @torch.no_grad()
+    def _frozen_logprobs(self, model: nn.Module, inputs: PolicyInputs) -> Tensor:
+        width = inputs.completion_mask.shape[1]
+        rows = []
+        for micro in split(inputs, self.module.micro_batch_size):
+            logprobs = completion_logprobs(model, trim(micro), self.module.temperature).logprobs
+            rows.append(nn.functional.pad(logprobs, (0, width - logprobs.shape[1])))
+        return torch.cat(rows)
+
+    def _compare_before_update(self, inputs: PolicyInputs) -> None:
+        """Compare engine and trainer where the update won't: on all rollouts if their logprobs are
+        there already, on one of them if the update will read none.
+        """
+        if inputs.old_logprobs is not None:
+            self._compare(inputs.old_logprobs, inputs)
+        elif not self._without_idle_rows(inputs).input_ids.shape[0]:
+            one = trim(inputs.rows(slice(0, 1)))
+            self._compare(self._frozen_logprobs(self.module.policy, one), one)
+
+    def _compare(self, logprobs: Tensor, inputs: PolicyInputs) -> None:
+        """Note how far the engine's logprobs are from the trainer's at the same weights."""
+        assert inputs.sampling_logprobs is not None
+        sampled = inputs.completion_mask & ~inputs.injected_mask
+        gap = sampling_gap(logprobs, inputs.sampling_logprobs, sampled)
+        self.metrics.add({"engine/logprob_gap": gap.mean, "engine/kl": gap.k3})
+        self.metrics.peak("engine/logprob_gap", gap.maximum)
+
+    def run(self, inputs: PolicyInputs) -> int:
+        """Take one optimizer step per mini-batch.
+
+        Returns:
+            Completion tokens that were trained on.
+        """
+        optimizer, scheduler = self.module.optimizers(), self.module.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer)
+        assert isinstance(scheduler, LambdaLR)
+        trained_tokens = 0
+        size = inputs.input_ids.shape[0] // self.module.num_mini_batches
+        for number, mini in enumerate(split(inputs, size), start=1):
+            weighted = self._without_idle_rows(self._with_token_weights(mini))
+            trained_tokens += int(weighted.completion_mask.sum())
+            signal = torch.zeros((), device=self.module.device)
+            for micro in split(weighted, self.module.micro_batch_size):
+                signal += self._backward(trim(micro))
+            self._fill_missing_gradients()
+            norm = self._clip_gradients()
+            self._check_arrival(signal, norm)
+            finite = bool(norm.isfinite())
+            if not finite:
+                optimizer.zero_grad()  # the optimizer passes over missing gradients
+            clean_norm = norm.item() if finite else 0.0
+            self.metrics.add({"optimizer/grad_norm": Mean(clean_norm, int(finite))})
+            self.metrics.add({"optimizer/skipped_steps": Mean(int(not finite), 1)})
+            if number < self.module.num_mini_batches:
+                # Past Lightning's wrapper, so that global_step counts rollout batches.
+                self.module.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
+            else:
+                optimizer.step()
+            optimizer.zero_grad()  # at once: the rollouts need their memory
+        self.metrics.add({"optimizer/learning_rate": Mean(scheduler.get_last_lr()[0], 1)})
+        scheduler.step()
+        # The losses of a step's micro-batches and ranks add up to world_size times its loss, and
+        # each rank counts its steps.
+        self.metrics.add({"objective/loss": Mean(0.0, self.module.num_mini_batches)})
+        return trained_tokens
+
+    def _with_token_weights(self, mini: PolicyInputs) -> PolicyInputs:
+        """Weigh every token by its share in the mean over this optimizer step on all ranks."""
+        counts = mini.advantages.new_tensor(
+            [mini.completion_mask.sum(), mini.completion_mask.shape[0]], dtype=torch.float64
+        )
+        num_tokens, num_sequences = self._sum_over_ranks(counts).tolist()
+        weights = token_weights(
+            mini.completion_mask,
+            self.module.objective.normalizer,
+            int(num_tokens),
+            int(num_sequences),
+            self.module.max_new_tokens,
+        )
+        # DDP and FSDP average gradients over ranks, but each rank's loss is a part of a sum.
+        return replace(mini, token_weights=weights * self.module.trainer.world_size)
+
+    def _without_idle_rows(self, mini: PolicyInputs) -> PolicyInputs:
+        """Leave out rollouts whose gradient is zero; the weights of the others stay."""
+        # On several ranks all must run the same number of backward passes, which synchronise.
+        if self.module.objective.kl_coef > 0 or self.module.trainer.world_size > 1:
+            return mini
+        return mini.rows(mini.advantages != 0)
+
+    def _fill_missing_gradients(self) -> None:
+        """A step without any gradient is one of gradient zero: momentum and weight decay go on."""
+        for parameter in self.module.policy.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _check_arrival(self, signal: Tensor, norm: Tensor) -> None:
+        """Stop where the loss has a gradient of which no weight gets anything.
+
+        Args:
+            signal: Sum of the absolute gradients of the logprobs on this rank, a scalar.
+            norm: Of the gradients of all weights on all ranks, a scalar.
+        """
+        # The norm is the same on all ranks, so that they ask each other together.
+        if norm == 0 and self._sum_over_ranks(signal) > 0:
+            raise LostGradientsError(_LOST)
+
+    def _backward(self, micro: PolicyInputs) -> Tensor:
+        """Add a micro-batch's gradients; returns the sum of those of its logprobs, all positive."""
+        scores = completion_logprobs(self.module.policy, micro, self.module.temperature)
+        if not scores.logprobs.requires_grad:
+            raise LostGradientsError(_LOST)
+        scores.logprobs.retain_grad()
+        output = policy_loss(replace(micro, logprobs=scores.logprobs), self.module.objective)
+        self.module.manual_backward(output.loss)
+        assert scores.logprobs.grad is not None
+        signal = scores.logprobs.grad.abs()
+        means = {f"objective/{name}": value for name, value in output.metrics.items()}
+        for name in ("shaping_weight", "shaping_masked"):
+            means[name.replace("_", "/")] = means.pop(f"objective/{name}")
+        self.metrics.add(means)
+        self.metrics.add(
+            {
+                "objective/loss": Mean(output.loss.detach(), 0),
+                "objective/entropy": Mean(scores.entropy.sum(), micro.completion_mask.sum()),
+                "shaping/gradient_share": Mean(signal[micro.injected_mask].sum(), signal.sum()),
+            }
+        )
+        self.metrics.peak("shaping/weight", output.weight_max)
+        if micro.old_logprobs is None:  # this update's own are those of the weights that sampled
+            self._compare(scores.logprobs, micro)
+        return signal.sum()
+
+    def _clip_gradients(self) -> Tensor:
+        """Clip to ``max_grad_norm``; the norm before clipping."""
+        limit = float("inf") if self.module.max_grad_norm is None else self.module.max_grad_norm
+        return whole(nn.utils.clip_grad_norm_(self.module.policy.parameters(), limit))
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.module.trainer.strategy.reduce(values, reduce_op="sum")

@@ -1,0 +1,229 @@
+"""FSDP2 over two and four real processes trains what one process trains, and its checkpoints are
+read by any number of them.
+"""
+
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import checkpoint, fit_arguments, run, scalars
+
+from thinktuning.checkpointing import AtomicCheckpointIO
+from thinktuning.cli import main
+from thinktuning.errors import InputError
+
+pytestmark = pytest.mark.slow
+
+# Gradient descent: Adam would hide a wrong scale, and blow up the rounding of gradients near 0.
+PLAIN = [
+    "--model.optimizer=torch.optim.SGD",
+    "--model.optimizer.lr=0.1",
+    "--model.objective.kl_coef=0.05",
+]
+ADAM = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3"]
+STRATEGY = "--trainer.strategy=thinktuning.strategy.FSDP2Strategy"
+FULL = [STRATEGY, "--trainer.strategy.save_distributed_checkpoint=false"]
+RUNS = {
+    # The last batch of the validation leaves the second rank without a question.
+    "grpo": [
+        *PLAIN,
+        "--guidance.gamma.start=0",
+        "--data.val_size=5",
+        "--data.val_batch_size=4",
+    ],
+    "guided": [*PLAIN, "--guidance.teacher=scripted.PickyTeacher"],
+    "reference": [
+        *PLAIN,
+        "--guidance.teacher=null",
+        "--guidance.behaviors=[self_agreement]",
+        "--model.max_new_tokens=160",
+        "--trainer.max_steps=2",
+    ],
+    "lora": [*PLAIN, "--model.lora.rank=4", "--trainer.max_steps=2"],
+    "lean": [*PLAIN, "--trainer.max_steps=2"],
+    "begun": [*ADAM, "--trainer.max_steps=2"],
+    "whole": [*ADAM, "--trainer.max_steps=3"],
+}
+LEAN = [STRATEGY, "--trainer.strategy.cpu_offload=true", "--model.activation_checkpointing=true"]
+
+
+class Launch:
+    """Runs that are made together, and where they are."""
+
+    def __init__(self, student: Path, questions: Path, root: Path) -> None:
+        self.student, self.questions, self.root = student, questions, root
+        self.waiting: list[list[str]] = []
+
+    def arguments(self, name: str, kind: str, *more: str) -> list[str]:
+        options = ["--data.val_size=0", "--model.num_mini_batches=2", "--data.batch_size=8"]
+        folder = self.root / f"{kind}-{name}"
+        return fit_arguments(self.student, self.questions, folder, *options, *more)
+
+    def on_ranks(self, number: int) -> None:
+        """Run what waits, on this many processes."""
+        ranks = f"--trainer.devices={number}"
+        runs = self.root / f"{number}.json"
+        runs.write_text(json.dumps([[*arguments, ranks] for arguments in self.waiting]))
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+        driver = Path(__file__).with_name("ranks.py")
+        done = run([sys.executable, *launch, str(driver), str(runs)], timeout=400)
+        assert done.returncode == 0, done.stderr[-4000:]
+        self.waiting = []
+
+    def saved(self, name: str, kind: str) -> dict[str, Any]:
+        path = self.root / f"{kind}-{name}" / "version_0" / "checkpoints" / "last.ckpt"
+        return AtomicCheckpointIO().load_checkpoint(path)
+
+    def scalars(self, name: str, kind: str) -> dict[str, list[float]]:
+        return scalars(self.root / f"{kind}-{name}" / "version_0")
+
+    def keep(self, name: str, kind: str) -> Path:
+        """A copy of a checkpoint outside of its run, so that a resumed run gets a folder."""
+        source = (self.root / f"{kind}-{name}" / "version_0/checkpoints/last.ckpt").resolve()
+        target = self.root / f"{kind}-{name}.ckpt"
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            shutil.copy(source, target)
+        return target
+
+
+@pytest.fixture(scope="module")
+def launch(student, questions, tmp_path_factory) -> Launch:
+    """All runs: on one process, on two, and on four; and runs that go on on others."""
+    folder = student(max_position_embeddings=2048)
+    made = Launch(folder, questions, tmp_path_factory.mktemp("sharded"))
+    fsdp2 = "--trainer.strategy=fsdp2"
+    for name, options in RUNS.items():
+        main(made.arguments(name, "one", *options))
+    for name in ("grpo", "guided", "reference", "lora", "begun", "whole"):
+        made.waiting.append(made.arguments(name, "two", *RUNS[name], fsdp2))
+    made.waiting.append(made.arguments("lean", "two", *RUNS["lean"], *LEAN))
+    made.waiting.append(made.arguments("begun", "full", *RUNS["begun"], *FULL))
+    made.on_ranks(2)
+
+    begun = {kind: f"--ckpt_path={made.keep('begun', kind)}" for kind in ("one", "two", "full")}
+    for kind, path in begun.items():
+        made.waiting.append(made.arguments(f"{kind}-to-four", "on", *RUNS["whole"], fsdp2, path))
+    made.waiting.append(made.arguments("guided", "four", *RUNS["guided"], fsdp2))
+    made.on_ranks(4)
+    for kind in ("two", "full"):
+        main(made.arguments(f"{kind}-to-one", "on", *RUNS["whole"], begun[kind]))
+    made.waiting.append(made.arguments("two-to-two", "on", *RUNS["whole"], fsdp2, begun["two"]))
+    ddp = "--trainer.strategy=ddp"
+    made.waiting.append(made.arguments("two-to-ddp", "on", *RUNS["whole"], ddp, begun["two"]))
+    made.on_ranks(2)
+    return made
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    assert found["global_step"] == expected["global_step"]
+    assert found["state_dict"].keys() == expected["state_dict"].keys()
+    for name, weight in expected["state_dict"].items():
+        torch.testing.assert_close(found["state_dict"][name], weight, rtol=0, atol=tolerance)
+    (ours,), (theirs,) = found["optimizer_states"], expected["optimizer_states"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for number, state in theirs["state"].items():
+        for key, value in state.items():
+            torch.testing.assert_close(ours["state"][number][key], value, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["grpo", "guided", "reference", "lora", "lean"])
+def test_two_ranks_equal_one(launch, name):
+    assert_same(launch.saved(name, "two"), launch.saved(name, "one"), tolerance=1e-6)
+    seen, expected = launch.scalars(name, "two"), launch.scalars(name, "one")
+    assert seen.keys() == expected.keys()
+    for tag, values in expected.items():
+        if not tag.startswith(("seconds/", "tokens_per_second/", "engine/")):
+            assert seen[tag] == pytest.approx(values, rel=1e-4, abs=1e-6), tag
+    assert max(seen["engine/logprob_gap_max"]) < 1e-5
+
+
+def test_four_ranks_equal_one(launch):
+    assert_same(launch.saved("guided", "four"), launch.saved("guided", "one"), tolerance=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("two", 2), ("four", 4)])
+def test_ranks_held_unequal_numbers_of_guided_rollouts(launch, kind, ranks):
+    counts: dict[int, Counter[int]] = {}
+    for rank in range(ranks):
+        path = launch.root / f"{kind}-guided" / "version_0" / f"audit.rank{rank}.jsonl"
+        for row in map(json.loads, path.read_text().splitlines()):
+            counts.setdefault(row["step"], Counter())[rank] += row["after"] is not None
+    held = [[step[rank] for rank in range(ranks)] for step in counts.values()]
+    assert any(min(step) == 0 < max(step) for step in held), held
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["one-to-four", "two-to-four", "full-to-four", "two-to-one", "full-to-one", "two-to-ddp"],
+)
+def test_a_run_goes_on_on_other_ranks(launch, name):
+    # Two steps of Adam that began from equal state: rounding in, rounding out.
+    assert_same(launch.saved(name, "on"), launch.saved("whole", "two"), tolerance=1e-4)
+
+
+def test_a_run_goes_on_exactly(launch):
+    assert_same(launch.saved("two-to-two", "on"), launch.saved("whole", "two"), tolerance=0)
+
+
+def test_a_full_checkpoint_is_that_of_one_process(launch):
+    path = launch.root / "full-begun" / "version_0" / "checkpoints" / "last.ckpt"
+    assert path.resolve().is_file()
+    full, sharded = checkpoint(launch.root / "full-begun"), launch.saved("begun", "two")
+    assert_same(full, sharded, tolerance=0)
+    assert not any(name.startswith("reference.") for name in full["state_dict"])
+    assert set(full) == set(checkpoint(launch.root / "one-begun"))
+
+
+def test_a_sharded_checkpoint_is_whole_or_not_there(launch, tmp_path):
+    folder = (launch.root / "two-begun" / "version_0" / "checkpoints" / "last.ckpt").resolve()
+    assert len(list(folder.glob("*.distcp"))) == 2, "each rank wrote its part"
+    assert not list(folder.parent.glob("*.tmp")), "nothing unfinished stays"
+    cut_off = tmp_path / "cut_off.ckpt"
+    shutil.copytree(folder, cut_off)
+    (cut_off / "meta.pt").unlink()
+    with pytest.raises(InputError, match=r"isn't a checkpoint: it has no meta\.pt"):
+        AtomicCheckpointIO().load_checkpoint(cut_off)
+    shutil.copy(folder / "meta.pt", cut_off)
+    part = next(cut_off.glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(InputError, match="damaged"):
+        AtomicCheckpointIO().load_checkpoint(cut_off)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer.strategy=fsdp"], r"strategy fsdp isn't supported.*\n.*strategy: fsdp2"),
+        (["--trainer.strategy=deepspeed"], "strategy deepspeed isn't supported"),
+        (
+            ["--trainer.strategy=lightning.pytorch.strategies.FSDPStrategy"],
+            r"thinktuning\.strategy\.FSDP2Strategy",
+        ),
+        (["--trainer.precision=bf16-true"], "an update of 1e-6 rounds away"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(student, questions, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=rf"(?s){message}"):
+        main(fit_arguments(student(), questions, tmp_path, *options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.optimizer=bitsandbytes.optim.AdamW8bit"], "AdamW8bit can't step weights that"),
+        (["--model.lora.rank=4", "--model.lora.base=8bit"], "8bit can't be cut over ranks"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(student, questions, tmp_path, options, message):
+    fsdp2 = "--trainer.strategy=fsdp2"
+    arguments = fit_arguments(student(), questions, tmp_path, fsdp2, *options)
+    done = run([sys.executable, "-m", "thinktuning.cli", *arguments])
+    assert done.returncode != 0
+    assert message in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
