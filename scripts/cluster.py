@@ -56,7 +56,8 @@ def step(a: argparse.Namespace, gpus: int, sequences: float) -> Step:
     compute = (8 if a.recompute else 6) * a.params * tokens / flops
     forward_moved = micro_batches * 2 * a.params * away
     forward = 2 * a.params * tokens / flops
-    sync_bytes = 4 * a.params * away  # gathered in float32, rounded by the engine
+    # Gathered in float32, once for the engine, which rounds it, and once to check what it holds.
+    sync_bytes = 2 * 4 * a.params * away
     return Step(
         sync=sync_bytes / link,
         rollout=prefill + decode(own, a.prompt_tokens, a.max_tokens),

@@ -29,12 +29,15 @@ def wait_until(done: Callable[[], bool], what: str) -> None:
 class VllmServer:
     """vLLM's OpenAI-compatible server for the model in ``folder``, under the name ``teacher``.
 
-    It comes back on the same port and logs into ``log``.
+    It comes back on the same port and logs into ``log``. ``options`` are further arguments,
+    ``environment`` further variables.
     """
 
-    def __init__(self, folder: Path, log: Path) -> None:
+    def __init__(self, folder: Path, log: Path, *options: str, **environment: str) -> None:
         self.folder = folder
         self.log = log
+        self.options = options
+        self.environment = environment
         self.port = _free_port()
         self.base_url = f"http://127.0.0.1:{self.port}/v1"
         self._process: subprocess.Popen[bytes] | None = None
@@ -47,6 +50,7 @@ class VllmServer:
             *("--host", "127.0.0.1", "--port", str(self.port)),
             *("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"),
             *("--generation-config", "vllm"),
+            *self.options,
         ]
         small = {
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -58,7 +62,7 @@ class VllmServer:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
-                env={**os.environ, **small},
+                env={**os.environ, **small, **self.environment},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # its workers are killed with it

@@ -53,8 +53,13 @@ def test_student_and_teacher_in_one_engine_resumed_once(vllm_student, questions,
     assert any(row["after"] is not None for row in rows)
 
 
-def test_every_rank_has_a_vllm_of_its_own(vllm_student, questions, tmp_path):
-    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.val_size=0"]
+@pytest.mark.parametrize(
+    "more",
+    [["--trainer.strategy=ddp"], ["--trainer.strategy=fsdp2", "--model.lora.rank=4"]],
+    ids=["ddp", "fsdp2-lora"],
+)
+def test_every_rank_has_a_vllm_of_its_own(vllm_student, questions, tmp_path, more):
+    ranks = ["--trainer.devices=2", "--data.val_size=0", *more]
     fit(vllm_student, questions, tmp_path, *ENGINE, *ranks, "--trainer.max_steps=2")
     logged = scalars(tmp_path / "version_0")
     assert max(logged["engine/logprob_gap_max"]) < 1e-3

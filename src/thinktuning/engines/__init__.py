@@ -3,6 +3,7 @@
 from thinktuning.engines.base import Completion, Engine, SamplingParams
 from thinktuning.engines.openai import OpenAIEngine
 from thinktuning.engines.seeding import derive_seed
+from thinktuning.engines.server import VLLMServerEngine
 from thinktuning.engines.transformers import TransformersEngine
 from thinktuning.engines.vllm import VLLMEngine
 
@@ -13,5 +14,6 @@ __all__ = [
     "SamplingParams",
     "TransformersEngine",
     "VLLMEngine",
+    "VLLMServerEngine",
     "derive_seed",
 ]

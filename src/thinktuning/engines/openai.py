@@ -2,22 +2,20 @@
 
 import logging
 import os
-import textwrap
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import openai
 
+from thinktuning.engines.http import connect, in_short, is_url
 from thinktuning.errors import InputError
 from thinktuning.teaching import Chat, Reply, ReplyParams, Teacher
 
 log = logging.getLogger(__name__)
 
 _TOO_LONG = ("context length", "context_length", "context size")  # vLLM, OpenAI, llama.cpp
-_THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
 _MEND = {
     400: "where the server isn't vLLM, set structured_outputs: none",
     422: "where the server isn't vLLM, set structured_outputs: none",
@@ -57,7 +55,7 @@ class OpenAIEngine(Teacher):
         revision: str | None = None,
     ) -> None:
         faults = []
-        if not _is_url(base_url):
+        if not is_url(base_url):
             faults.append(f"base_url must be like http://127.0.0.1:8000/v1, got {base_url!r}")
         if concurrency < 1:
             faults.append(f"concurrency must be at least 1, got {concurrency}")
@@ -75,16 +73,7 @@ class OpenAIEngine(Teacher):
         self.concurrency = concurrency
         self.structured_outputs = structured_outputs
         self.revision = revision
-        self._client = openai.OpenAI(
-            base_url=base_url,
-            api_key=key,
-            timeout=timeout,
-            max_retries=max_retries,
-            # A proxy of the environment's can't reach this machine; None: not by it.
-            http_client=openai.DefaultHttpxClient(
-                mounts={f"all://{host}": None for host in _THIS_MACHINE}
-            ),
-        )
+        self._client = connect(base_url, str(key), timeout, max_retries)
         self.can_continue = structured_outputs == "vllm"
         self._away = False
 
@@ -104,7 +93,7 @@ class OpenAIEngine(Teacher):
             log.warning(
                 "the teacher at %s doesn't answer (%s); rollouts stay unguided until it does",
                 self.base_url,
-                _short(failure.error),
+                in_short(failure.error),
             )
         elif failure.error is None and self._away:
             log.warning("the teacher at %s answers again", self.base_url)
@@ -145,7 +134,7 @@ class OpenAIEngine(Teacher):
 
     def _refused(self, error: openai.APIStatusError) -> str:
         hint = f" ({_MEND[error.status_code]})" if error.status_code in _MEND else ""
-        return f"the teacher at {self.base_url} refuses the request: {_short(error)}{hint}"
+        return f"the teacher at {self.base_url} refuses the request: {in_short(error)}{hint}"
 
     def close(self) -> None:
         """Close the connections."""
@@ -179,16 +168,3 @@ def _read(response: Any) -> Reply:
 def _passes(status: int) -> bool:
     """Whether the same request may be answered later."""
     return status >= 500 or status in (408, 409, 429)
-
-
-def _is_url(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of its port
-        return False
-
-
-def _short(error: Exception) -> str:
-    """One line: some servers send a page."""
-    return textwrap.shorten(str(error), 400, placeholder=" …")

@@ -1,0 +1,45 @@
+"""Talking to a server: what its clients share."""
+
+import textwrap
+from urllib.parse import urlsplit
+
+import openai
+
+_THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
+
+
+def connect(
+    base_url: str, key: str, timeout: float | openai.Timeout, max_retries: int
+) -> openai.OpenAI:
+    """A client that asks again, ever later, where a server is busy or away.
+
+    Args:
+        base_url: Of the server.
+        key: Its API key; any text where it has none.
+        timeout: Of a request, in seconds.
+        max_retries: After the first failure.
+    """
+    return openai.OpenAI(
+        base_url=base_url,
+        api_key=key,
+        timeout=timeout,
+        max_retries=max_retries,
+        # A proxy of the environment's can't reach this machine; None: not by it.
+        http_client=openai.DefaultHttpxClient(
+            mounts={f"all://{host}": None for host in _THIS_MACHINE}
+        ),
+    )
+
+
+def is_url(text: str) -> bool:
+    """Whether it names a server."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of its port
+        return False
+
+
+def in_short(error: Exception) -> str:
+    """An error in one line: some servers send a page."""
+    return textwrap.shorten(str(error), 400, placeholder=" …")
