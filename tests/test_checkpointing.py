@@ -2,12 +2,14 @@
 
 import os
 import pickle
+import time
 
 import pytest
 import torch
 
-from thinktuning.checkpointing import AtomicCheckpointIO
+from thinktuning.checkpointing import META, AtomicCheckpointIO, put
 from thinktuning.errors import InputError
+from thinktuning.runs import last_checkpoint
 
 STATE = {
     "state_dict": {"policy.weight": torch.arange(6.0).view(2, 3)},
@@ -160,3 +162,66 @@ def test_a_file_that_is_no_checkpoint_is_refused_with_its_name(tmp_path, content
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"other\.ckpt.* is damaged"):
         AtomicCheckpointIO().load_checkpoint(path)
+
+
+# ---------------------------------------------------------------- folders
+
+
+def folder_checkpoint(path, content="new"):
+    path.mkdir(parents=True)
+    (path / "part.distcp").write_text(content)
+    (path / META).write_text(content)
+    return path
+
+
+@pytest.mark.parametrize("old", ["nothing", "file", "folder"])
+@pytest.mark.parametrize("new", ["file", "folder"])
+def test_what_is_finished_takes_the_name_of_what_was_there(tmp_path, old, new):
+    path, finished = tmp_path / "a.ckpt", tmp_path / "a.ckpt.tmp"
+    if old == "file":
+        path.write_text("old")
+    elif old == "folder":
+        folder_checkpoint(path, "old")
+        folder_checkpoint(tmp_path / "a.ckpt.old", "left by a kill")
+    if new == "file":
+        finished.write_text("new")
+    else:
+        folder_checkpoint(finished)
+    put(finished, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+    assert (path if new == "file" else path / META).read_text() == "new"
+
+
+def test_a_folder_that_is_half_deleted_is_not_taken_for_the_last(tmp_path, monkeypatch):
+    checkpoints = tmp_path / "version_0" / "checkpoints"
+    first = folder_checkpoint(checkpoints / "step=000010.ckpt")
+    second = folder_checkpoint(checkpoints / "step=000020.ckpt")
+    (second / META).touch()
+    (checkpoints / "last.ckpt").symlink_to(second.name)
+    assert last_checkpoint(tmp_path) == second
+
+    def killed(path, **_):
+        if path.exists():
+            (path / "part.distcp").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("thinktuning.checkpointing.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpointIO().remove_checkpoint(first)
+    assert last_checkpoint(tmp_path) == second
+    # Deleting touches a folder, which is no newer for that.
+    (second / "part.distcp").unlink()
+    third = folder_checkpoint(checkpoints / "step=000030.ckpt")
+    os.utime(third / META, ns=(time.time_ns() + 10**9,) * 2)
+    os.utime(second, ns=(time.time_ns() + 10**10,) * 2)
+    assert last_checkpoint(tmp_path) == third
+
+
+def test_a_folder_without_its_last_part_is_not_whole(tmp_path):
+    checkpoints = tmp_path / "version_0" / "checkpoints"
+    whole = folder_checkpoint(checkpoints / "step=000010.ckpt")
+    (folder_checkpoint(checkpoints / "step=000020.ckpt") / META).unlink()
+    assert last_checkpoint(tmp_path) == whole
+    AtomicCheckpointIO().remove_checkpoint(whole)
+    assert last_checkpoint(tmp_path) is None
+    assert not whole.exists() and not list(checkpoints.glob("*.old"))

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from dataclasses import asdict
 
 import bitsandbytes
 import pytest
@@ -12,9 +13,11 @@ from running import checkpoint, fit_arguments, run, scalars
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from thinktuning.checkpointing import AtomicCheckpointIO
 from thinktuning.cli import main
 from thinktuning.engines import TransformersEngine
 from thinktuning.errors import InputError
+from thinktuning.export import export
 from thinktuning.policy import LoraSettings, load_base, load_model, named_weights, with_adapters
 from thinktuning.policy import lora as lora_module
 
@@ -344,3 +347,20 @@ def test_vllm_samples_from_the_numbers_that_are_trained_on(student, questions, t
     logged = scalars(tmp_path / "version_0")
     assert max(logged["engine/logprob_gap_max"]) < 1e-3
     assert min(logged["optimizer/grad_norm"]) > 0
+
+
+@every_base
+def test_a_merged_export_is_the_policy_that_was_trained(folder, base, tmp_path):
+    trained = adapted(folder(), base)
+    checkpoint = {
+        "pretrained": folder(),
+        "lora": asdict(LoraSettings(rank=4, base=base)),
+        "global_step": 1,
+        "state_dict": {f"policy.{k}": v for k, v in trained.state_dict().items() if "lora_" in k},
+    }
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "a.ckpt")
+    export(str(tmp_path / "a.ckpt"), str(tmp_path / "out"))
+    exported = load_model(str(tmp_path / "out"))
+    weights = dict(named_weights(trained, tied=True))
+    for name, weight in exported.named_parameters():
+        torch.testing.assert_close(weight, weights[name].float(), rtol=0, atol=0)

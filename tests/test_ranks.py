@@ -21,7 +21,11 @@ def fit(student, questions, root: Path, *more: str) -> None:
 def test_two_ranks_equal_one(student, questions, tmp_path):
     # One question a mini-batch and rank, so that token counts differ between the ranks. Plain
     # gradient descent: Adam would hide a wrong scale.
-    plain = ("--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1")
+    plain = (
+        "--model.optimizer=torch.optim.SGD",
+        "--model.optimizer.lr=0.1",
+        "--model.max_grad_norm=0.05",
+    )
     fit(student(), questions, tmp_path / "one", *plain)
     fit(
         student(),

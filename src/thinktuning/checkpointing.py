@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there: files, and the folders that ranks write together."""
 
 import os
+import shutil
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ META = "meta.pt"
 """What a folder holds beside its tensors; written last."""
 
 # What torch.load was seen to raise on cut off, overwritten and foreign files.
-_DAMAGED = (
+DAMAGED = (
     UnpicklingError,
     RuntimeError,
     EOFError,
@@ -26,6 +27,8 @@ _DAMAGED = (
     TypeError,
     ValueError,
     struct.error,
+    OSError,
+    CheckpointException,
 )
 
 
@@ -57,11 +60,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         read_meta(Path(path))  # says so if the folder isn't a checkpoint
         try:
             checkpoint = _load_distributed_checkpoint(Path(path))
-        except (*_DAMAGED, OSError, CheckpointException) as error:
-            raise InputError(_damaged(Path(path), error)) from error
+        except DAMAGED as error:
+            raise InputError(damaged(Path(path), error)) from error
         optimizers = [name for name in checkpoint if name.startswith("optimizer_")]
         states = [by_index(checkpoint.pop(name)) for name in sorted(optimizers)]
         return {**checkpoint, "optimizer_states": states}
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint; a folder that a kill leaves half deleted isn't taken for one."""
+        path = Path(path)
+        if path.is_dir():
+            old = path.with_name(path.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+            shutil.rmtree(old)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def save_file(checkpoint: dict[str, Any], path: Path) -> None:
@@ -72,9 +86,27 @@ def save_file(checkpoint: dict[str, Any], path: Path) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        put(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)  # half a checkpoint on a full disk helps nobody
+
+
+def put(finished: Path, path: Path) -> None:
+    """Give a finished file or folder its name; what had it goes.
+
+    A kill leaves the old one or the new one under the name; where both are folders, it may leave
+    neither for the moment between two renames, and the old one beside it as ``.old``.
+    """
+    if not path.is_dir():
+        if finished.is_dir():
+            path.unlink(missing_ok=True)
+        os.replace(finished, path)
+        return
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(path, old)
+    os.replace(finished, path)
+    shutil.rmtree(old)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -127,13 +159,15 @@ def read_file(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dict
         checkpoint: dict[str, Any] = torch.load(
             path, map_location=map_location, weights_only=True, mmap=mmap
         )
-    except _DAMAGED as error:
-        raise InputError(_damaged(path, error)) from error
+    except DAMAGED as error:
+        raise InputError(damaged(path, error)) from error
     return checkpoint
 
 
-def _damaged(path: Path, error: BaseException) -> str:
+def damaged(path: Path, error: BaseException) -> str:
+    """Why a checkpoint can't be read."""
     return (
-        f"the checkpoint {str(path)!r} is damaged, or was not written by `thinktuning fit`: "
+        f"the checkpoint {str(path)!r} is damaged, was not written by `thinktuning fit`, or has "
+        f"the state of another optimizer: "
         f"{(str(error) or repr(error)).splitlines()[0]}"
     )

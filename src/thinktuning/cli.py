@@ -126,7 +126,7 @@ class ThinkTuningCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs, plugins=[*plugins, AtomicCheckpointIO()])
 
     def _checkpoint(self, root: Path) -> Path | None:
-        """The file that ``--ckpt_path`` means."""
+        """What ``--ckpt_path`` means."""
         wanted = self._get(self.config_init, "ckpt_path")
         if wanted is None:
             return None
@@ -136,7 +136,9 @@ class ThinkTuningCLI(LightningCLI):
                 rank_zero_warn(f"there is no checkpoint under {root}: the run starts afresh")
             return found
         if not Path(wanted).exists():
-            raise InputError(f"there is no checkpoint {wanted!r}; expected a file, or 'last'")
+            raise InputError(
+                f"there is no checkpoint {wanted!r}; expected a file, a folder or 'last'"
+            )
         return Path(wanted)
 
     @rank_zero_only

@@ -19,8 +19,10 @@ from thinktuning.model_card import Exported, model_card
 from thinktuning.policy import (
     LoraSettings,
     end_of_turn_ids,
+    load_base,
     load_model,
     load_tokenizer,
+    named_weights,
     resolve,
     with_adapters,
 )
@@ -69,9 +71,11 @@ def export(
         if name.startswith(_POLICY)
     }
     source = _located(base or checkpoint["pretrained"])
-    model = _policy(trained, source, lora)
-    if lora is not None and not adapter:
-        model = model.merge_and_unload()
+    if lora is None or adapter:
+        model = _policy(trained, load_model(source), source, lora)
+    else:
+        # The numbers that a base in few bits stands for: to them the adapters were fitted.
+        model = _merged(_policy(trained, load_base(source, lora.base), source, lora), source)
     exported = Exported(
         folder.name, checkpoint["pretrained"], checkpoint["global_step"], lora, adapter, dtype
     )
@@ -90,9 +94,18 @@ def _located(name: str) -> str:
     return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
-def _policy(trained: Mapping[str, Tensor], source: str, lora: LoraSettings | None) -> Any:
+def _merged(model: Any, source: str) -> Any:
+    """A plain model with the adapters in its weights."""
+    plain = load_model(source)
+    loaded = plain.load_state_dict(dict(named_weights(model, tied=True)), strict=False)
+    assert not loaded.unexpected_keys, f"weights that the plain model lacks: {loaded}"
+    return plain
+
+
+def _policy(
+    trained: Mapping[str, Tensor], model: Any, source: str, lora: LoraSettings | None
+) -> Any:
     """The base model with the trained weights, or with trained adapters around its own."""
-    model: Any = load_model(source)
     if lora is not None:
         model = with_adapters(model, lora)
     expected = {k: w for k, w in model.state_dict().items() if lora is None or "lora_" in k}

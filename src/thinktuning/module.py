@@ -49,6 +49,7 @@ from thinktuning.policy import (
     recompute_activations,
     shard,
     with_adapters,
+    without_adapters,
 )
 from thinktuning.rewards import MathReward, Reward, score, verify_math
 from thinktuning.strategy import FSDP2Strategy, check_strategy
@@ -167,8 +168,14 @@ class ThinkTuningModule(LightningModule):
                 f"weights stay in float32, since in fewer bits an update of 1e-6 rounds away, and "
                 f"a scaled loss (16-mixed) doesn't go with clipping here"
             )
-        sharded = isinstance(self.trainer.strategy, FSDP2Strategy)
-        if sharded and self.lora is not None and self.lora.base == "8bit":
+        if not isinstance(self.trainer.strategy, FSDP2Strategy) or self.lora is None:
+            return
+        if self.lora.base == "bfloat16" and precision == "32-true":
+            raise InputError(
+                "model.lora.base bfloat16 would be gathered and computed in float32 under "
+                "fsdp2 with trainer.precision 32-true; use bf16-mixed"
+            )
+        if self.lora.base == "8bit":
             raise InputError(
                 "model.lora.base 8bit can't be cut over ranks: bitsandbytes keeps scales beside "
                 "its weights that FSDP2 doesn't know; use 4bit, bfloat16, or trainer.strategy ddp"
@@ -185,13 +192,13 @@ class ThinkTuningModule(LightningModule):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(self.seed, "adapters"))  # on every rank the same
                 self.policy = with_adapters(self.policy, self.lora)
-        elif self._fitting() and self._needs_reference():
+        if self.activation_checkpointing:
+            recompute_activations(self.policy)
+        self._shard(self.policy)  # before the reference is loaded: one whole model at a time
+        if self.lora is None and self._fitting() and self._needs_reference():
             self.reference = load_model(self.pretrained, attention=self.attention)
             self.reference.requires_grad_(False)
             self._shard(self.reference)
-        if self.activation_checkpointing:
-            recompute_activations(self.policy)
-        self._shard(self.policy)
 
     def _load_student(self) -> PreTrainedModel:
         """The weights that are trained, or that adapters are put on."""
@@ -206,7 +213,7 @@ class ThinkTuningModule(LightningModule):
         if self.lora is None:
             yield self.reference
             return
-        with self.policy.disable_adapter():
+        with without_adapters(self.policy):
             yield self.policy
 
     def _shard(self, model: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from thinktuning.checkpointing import META
+
 CHECKPOINTS = "checkpoints"
 _VERSION = "version_"
 
@@ -21,9 +23,12 @@ def new_run(root: Path) -> Path:
 def last_checkpoint(root: Path) -> Path | None:
     """The newest checkpoint of the newest run that has one."""
     for run in reversed(versions(root)):
-        files = [p for p in (run / CHECKPOINTS).glob("*.ckpt") if not p.is_symlink()]
-        if files:
-            return max(files, key=lambda p: p.stat().st_mtime_ns)
+        found = [p for p in (run / CHECKPOINTS).glob("*.ckpt") if not p.is_symlink()]
+        # A folder is as old as what was written into it last; without that it isn't whole.
+        written = {p: p / META if p.is_dir() else p for p in found}
+        whole = [p for p in found if written[p].is_file()]
+        if whole:
+            return max(whole, key=lambda p: written[p].stat().st_mtime_ns)
     return None
 
 

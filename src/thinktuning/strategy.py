@@ -1,6 +1,5 @@
 """The strategy for models that are cut over ranks: Lightning's, with checkpoints that are whole."""
 
-import os
 import shutil
 from datetime import timedelta
 from pathlib import Path
@@ -24,9 +23,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from thinktuning.checkpointing import (
+    DAMAGED,
     META,
     by_index,
     by_name,
+    damaged,
+    put,
     read_file,
     read_meta,
     save_file,
@@ -121,7 +123,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         distributed_checkpoint.save(state, checkpoint_id=unfinished)
         if self.is_global_zero:
             save_file(checkpoint, unfinished / META)
-            _replace(path, unfinished)
+            put(unfinished, path)
         self.barrier()
 
     def load_checkpoint(
@@ -137,6 +139,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         checkpoint["state_dict"] = dict.fromkeys(sharded_names(path))
         # Lightning asks it later, when a missing weight would have failed less clearly.
         self._module.on_load_checkpoint(checkpoint)
+        try:
+            self._read_shards(path)
+        except DAMAGED as error:
+            raise InputError(damaged(path, error)) from error
+        return checkpoint
+
+    def _read_shards(self, path: Path) -> None:
         weights = {"state_dict": self._module.state_dict()}
         distributed_checkpoint.load(weights, checkpoint_id=path)  # in place
         for i, optimizer in enumerate(self.optimizers):
@@ -145,7 +154,6 @@ class FSDP2Strategy(ModelParallelStrategy):
             set_optimizer_state_dict(
                 self._module, optimizer, optim_state_dict=state[f"optimizer_{i}"]
             )
-        return checkpoint
 
     def _load_file(self, path: Path) -> dict[str, Any]:
         checkpoint = read_file(path, mmap=True)
@@ -195,14 +203,3 @@ def check_strategy(strategy: str | Strategy) -> None:
             f"its models are cut by FSDP2, which runs on CPUs as well. For one device write auto, "
             f"for several with a whole model each ddp, and for several that share a model\n{_FSDP2}"
         )
-
-
-def _replace(path: Path, finished: Path) -> None:
-    """Put a finished folder under its name; what was there goes."""
-    old = path.with_name(path.name + ".old")
-    if path.is_dir():
-        os.replace(path, old)
-    else:
-        path.unlink(missing_ok=True)
-    os.replace(finished, path)
-    shutil.rmtree(old, ignore_errors=True)

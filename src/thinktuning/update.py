@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from thinktuning.errors import LostGradientsError
 from thinktuning.metrics import StepMetrics
 from thinktuning.objective import Mean, policy_loss, sampling_gap, token_weights
-from thinktuning.policy import completion_logprobs, whole
+from thinktuning.policy import completion_logprobs, release, whole
 from thinktuning.tensors import split, trim
 from thinktuning.types import PolicyInputs
 
@@ -45,6 +45,7 @@ class PolicyUpdate:
         if self.module.objective.kl_coef > 0:
             with self.module.as_reference() as reference:
                 inputs = replace(inputs, ref_logprobs=self._frozen_logprobs(reference, inputs))
+                release(reference)
         self._compare_before_update(inputs)
         return inputs
 

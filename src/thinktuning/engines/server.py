@@ -18,7 +18,7 @@ from thinktuning.engines.base import Completion, Engine, SamplingParams
 from thinktuning.engines.http import connect, in_short, is_url
 from thinktuning.engines.weight_files import new_folder, write_weights
 from thinktuning.errors import InputError, StaleWeightsError
-from thinktuning.policy import named_weights
+from thinktuning.policy import is_frozen, named_weights
 
 _RETRIES = 3
 _CONNECT_SECONDS = 10.0
@@ -107,8 +107,7 @@ class VLLMServerEngine(Engine):
             InputError: If a server can't be reached, or isn't started as it must be.
             StaleWeightsError: If a server doesn't hold the model's weights afterwards.
         """
-        # A LoRA student without its adapters is frozen, and is the same model with them.
-        frozen = not any(p.requires_grad for p in model.parameters())
+        frozen = is_frozen(model)
         if frozen and model is self._held:
             return
         if self._dtype is None:

@@ -16,6 +16,7 @@ from thinktuning.engines.base import Completion, Engine, SamplingParams, revisio
 from thinktuning.errors import InputError
 from thinktuning.policy import (
     end_of_turn_ids,
+    is_frozen,
     load_generation_config,
     load_tokenizer,
     named_weights,
@@ -115,8 +116,7 @@ class VLLMEngine(Engine):
             InputError: If vLLM can't load the model.
             StaleWeightsError: If vLLM doesn't hold the model's weights afterwards.
         """
-        # A LoRA student without its adapters is frozen, and is the same model with them.
-        frozen = not any(p.requires_grad for p in model.parameters())
+        frozen = is_frozen(model)
         if frozen and model is self._held:
             return
         with self._on_its_own():

@@ -250,7 +250,7 @@ def _strategy(spec: Any, ranks: int) -> tuple[Literal["single", "ddp", "fsdp2"],
             return "fsdp2", False
         return ("ddp" if ranks > 1 or spec.startswith("ddp") else "single"), False
     name = spec.class_path.rsplit(".", 1)[-1]
-    if name in ("FSDP2Strategy", "ModelParallelStrategy"):
+    if name == "FSDP2Strategy":
         return "fsdp2", bool(_init(spec).get("cpu_offload"))
     if name in ("DDPStrategy", "SingleDeviceStrategy"):
         return ("ddp" if name == "DDPStrategy" else "single"), False

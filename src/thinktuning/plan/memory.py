@@ -200,7 +200,7 @@ def _decoding(job: Job, sizes: Sizes, sampler: Sampler, guidance: Guidance | Non
         chats = min(guidance.replies, sampler.max_batch_size)
         shape = (chats, chats, guidance.prompt_tokens, guidance.reply_tokens)
     held = trace_sampling(job, sampler.pretrained or job.pretrained, *shape)
-    if job.strategy == "fsdp2" and sampler.pretrained is None:
+    if job.strategy == "fsdp2":  # the policy's, or the reference's; the policy's until the update
         held[GATHERED] = sizes.parameters * (2 if job.mixed else 4)
     return held
 

@@ -8,10 +8,10 @@ from thinktuning.policy.loading import (
     resolve,
 )
 from thinktuning.policy.logprobs import completion_logprobs
-from thinktuning.policy.lora import LoraSettings, load_base, with_adapters
+from thinktuning.policy.lora import LoraSettings, load_base, with_adapters, without_adapters
 from thinktuning.policy.parallel import gather, recompute_activations, release, shard
 from thinktuning.policy.prompts import Message, completion_text, render_prompt
-from thinktuning.policy.weights import base_of, is_transposed, named_weights, whole
+from thinktuning.policy.weights import base_of, is_frozen, is_transposed, named_weights, whole
 
 __all__ = [
     "LoraSettings",
@@ -21,6 +21,7 @@ __all__ = [
     "completion_text",
     "end_of_turn_ids",
     "gather",
+    "is_frozen",
     "is_transposed",
     "load_base",
     "load_generation_config",
@@ -34,4 +35,5 @@ __all__ = [
     "shard",
     "whole",
     "with_adapters",
+    "without_adapters",
 ]

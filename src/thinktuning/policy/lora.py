@@ -1,6 +1,8 @@
 """A student that is a LoRA on frozen weights: one copy of them for student, reference, teacher."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -91,6 +93,25 @@ def with_adapters(model: PreTrainedModel, settings: LoraSettings) -> "PeftModel"
         raise InputError(f"model.lora: {error}") from error
     _keep_differentiable(adapted)
     return adapted.eval()
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Compute as the base model does.
+
+    Unlike peft's ``disable_adapter`` it leaves ``requires_grad`` alone: a model that is cut over
+    ranks has each parameter twice, and one of them would stay frozen.
+    """
+    from peft.tuners.lora import LoraLayer  # slow to import
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def _keep_differentiable(model: nn.Module) -> None:

@@ -73,10 +73,13 @@ def gather(model: nn.Module) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """Keep this rank's shards only."""
+    """Keep this rank's shards only, and forget the forwards that no backward has followed."""
     for module in _shards(model):
         module.reshard()
         module.set_reshard_after_forward(True, recurse=False)
+    if isinstance(model, FSDPModule):
+        # FSDP2 notes every forward for the backward's prefetching; a reference never has one.
+        model.reset_iter_state()
 
 
 def _shards(model: nn.Module) -> Iterator[FSDPModule]:

@@ -46,6 +46,16 @@ def named_weights(model: nn.Module, tied: bool = False) -> Iterator[tuple[str, T
         yield name.replace(_ADAPTED, ""), weight
 
 
+def is_frozen(model: nn.Module) -> bool:
+    """Whether ``named_weights`` of the model stay as they are: a LoRA's do without its adapters."""
+    if base_of(model) is model:
+        return not any(parameter.requires_grad for parameter in model.parameters())
+    from peft.tuners.lora import LoraLayer  # slow to import
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return all(layer.disable_adapters for layer in layers)
+
+
 def is_transposed(layer: nn.Module) -> bool:
     """Whether the model's weight of a layer is [inputs, outputs], as GPT-2's are; Transformers
     turns it around where it quantises it.
