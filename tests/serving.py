@@ -58,6 +58,8 @@ class VllmServer:
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
+            # Even an eager vLLM compiles small functions, which fails in a path with a space.
+            "TORCHDYNAMO_DISABLE": "1",
         }
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
