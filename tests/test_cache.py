@@ -408,7 +408,7 @@ def test_the_cache_follows_the_weights_of_a_folder(tmp_path):
 
 
 def test_another_folder_precision_or_quantization_is_another_teacher(tmp_path):
-    folders = [tiny.save(tmp_path / name) for name in ("a", "b")]
+    folders = [tiny.save(tmp_path / name, width=64, heads=2) for name in ("a", "b")]
     nets = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders]
     names = {model_identity(net) for net in nets}
     names.add(model_identity(nets[0].to(torch.bfloat16)))

@@ -70,10 +70,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Delete a checkpoint; a folder that a kill leaves half deleted isn't taken for one."""
         path = Path(path)
         if path.is_dir():
-            old = path.with_name(path.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(path, old)
-            shutil.rmtree(old)
+            shutil.rmtree(_set_aside(path))
         else:
             path.unlink(missing_ok=True)
 
@@ -102,11 +99,17 @@ def put(finished: Path, path: Path) -> None:
             path.unlink(missing_ok=True)
         os.replace(finished, path)
         return
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(path, old)
+    old = _set_aside(path)
     os.replace(finished, path)
     shutil.rmtree(old)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Take a folder's name from it; returns where it is now."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)  # left by a kill
+    os.replace(folder, old)
+    return old
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -43,6 +43,9 @@ _DESCRIPTION = """ThinkTuning: teach a language model behaviors that it never sa
 _PLAN_DESCRIPTION = """Memory and work of `thinktuning fit` on each device, from its configuration
 and the model's config.json: no weights are read, nothing is trained. Takes what `fit` takes."""
 
+# Errors that are told in a few lines; all others are ours, and show where they come from.
+_SHOWN = (InputError, MisconfigurationException, StaleWeightsError, LostGradientsError)
+
 _USAGE = "thinktuning {fit,validate,test} [-c FILE]... [--SECTION.OPTION VALUE]..."
 
 
@@ -228,12 +231,7 @@ def main(args: list[str] | None = None) -> None:
             trainer_defaults={"callbacks": [RolloutProgress(), SampleLog(), AuditLog()]},
             parser_kwargs={"description": _DESCRIPTION, "prog": "thinktuning"},
         )
-    except (
-        ValueError,
-        MisconfigurationException,
-        StaleWeightsError,
-        LostGradientsError,
-    ) as error:
+    except (ValueError, *_SHOWN) as error:
         sys.exit(f"error: {_users_fault(error)}")
 
 
@@ -241,9 +239,7 @@ def _users_fault(error: Exception) -> Exception:
     """What a user can mend in an error; jsonargparse wraps those of optional arguments."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(
-            cause, (InputError, MisconfigurationException, StaleWeightsError, LostGradientsError)
-        ):
+        if isinstance(cause, _SHOWN):
             return cause
         cause = cause.__cause__ or cause.__context__
     raise error

@@ -71,11 +71,12 @@ def export(
         if name.startswith(_POLICY)
     }
     source = _located(base or checkpoint["pretrained"])
-    if lora is None or adapter:
-        model = _policy(trained, load_model(source), source, lora)
-    else:
-        # The numbers that a base in few bits stands for: to them the adapters were fitted.
-        model = _merged(_policy(trained, load_base(source, lora.base), source, lora), source)
+    merged = lora is not None and not adapter
+    # Adapters were fitted to the numbers that a base in few bits stands for.
+    held = load_base(source, lora.base if lora is not None and merged else "float32")
+    model = _policy(trained, held, source, lora)
+    if merged:
+        model = _merged(model, source)
     exported = Exported(
         folder.name, checkpoint["pretrained"], checkpoint["global_step"], lora, adapter, dtype
     )

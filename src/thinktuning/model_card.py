@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from thinktuning import runs
 from thinktuning.policy import LoraSettings
 from thinktuning.policy.embedded import EMBEDDED
 
@@ -51,7 +52,7 @@ def model_card(exported: Exported, run: Path | None) -> str:
         exported: The policy.
         run: Folder of the run that made it, for configuration and metrics; None if unknown.
     """
-    config_path = None if run is None else _newest_config(run)
+    config_path = None if run is None else runs.newest_config(run)
     text = None if config_path is None else config_path.read_text(encoding="utf-8")
     config = None if text is None else yaml.safe_load(text)
     front_matter = yaml.safe_dump(_metadata(exported, config), sort_keys=False)
@@ -90,11 +91,6 @@ def last_scalars(run: Path, before: int) -> dict[str, tuple[int, float]]:
                 if last.get(tag, (0,))[0] <= event.step < before:
                     last[tag] = event.step, event.value
     return last
-
-
-def _newest_config(run: Path) -> Path | None:
-    """A resumed run has a configuration for each of its starts."""
-    return max(run.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def _metadata(exported: Exported, config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -163,7 +159,7 @@ def _method(config: Mapping[str, Any]) -> str:
 def _trained_weights(exported: Exported) -> str:
     if exported.lora is None:
         return "all weights"
-    form = "to be loaded on it" if exported.adapter else "merged into its float32 weights"
+    form = "to be loaded on it" if exported.adapter else "merged into its weights"
     return (
         f"a LoRA of rank {exported.lora.rank} and alpha {exported.lora.alpha:g} on the base model "
         f"in {exported.lora.base}, {form}"

@@ -204,8 +204,11 @@ class ThinkTuningModule(LightningModule):
         """The weights that are trained, or that adapters are put on."""
         if self.lora is None:
             return load_model(self.pretrained, attention=self.attention)
-        compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
-        return load_base(self.pretrained, self.lora.base, compute, self.attention)
+        return load_base(self.pretrained, self.lora.base, self._compute_dtype, self.attention)
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
 
     @contextmanager
     def as_reference(self) -> Iterator[PreTrainedModel]:
@@ -219,8 +222,8 @@ class ThinkTuningModule(LightningModule):
     def _shard(self, model: nn.Module) -> None:
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP2Strategy):
-            dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
-            shard(model, strategy.device_mesh["data_parallel"], dtype, strategy.cpu_offload)
+            mesh = strategy.device_mesh["data_parallel"]
+            shard(model, mesh, self._compute_dtype, strategy.cpu_offload)
 
     def _fitting(self) -> bool:
         return self.trainer.state.fn == "fit"

@@ -31,13 +31,12 @@ def print_report(trainer: Trainer, run: Path) -> None:
     called = Path(sys.argv[0])
     command = called if called.name == "thinktuning" else Path("thinktuning")
     tensorboard = command.with_name("tensorboard")
-    # A resumed run has a configuration for each of its starts.
-    config = max(run.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns)
+    config = runs.newest_config(run)
     checkpoint = run / runs.CHECKPOINTS / "last.ckpt"
     more = ["--trainer.max_steps", str(2 * trainer.global_step)]
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         more += ["--trainer.max_epochs", str(2 * trainer.max_epochs)]
-    next_steps = {
+    next_steps: dict[str, list[Any]] = {
         "watch": [tensorboard, "--logdir", run.parent],
         "go on": [command, "fit", "--config", config, "--ckpt_path", checkpoint, *more],
         "export": [command, "export", "--ckpt_path", checkpoint, "--output", run / "exported"],

@@ -39,6 +39,11 @@ def run_of(checkpoint: Path) -> Path | None:
     return folder.parent if is_run else None
 
 
+def newest_config(run: Path) -> Path | None:
+    """The configuration of the run's last start, of which a resumed run has several."""
+    return max(run.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 def config_path(run: Path) -> Path:
     """Where to save a start's configuration: earlier ones of the same run stay."""
     path = run / "config.yaml"

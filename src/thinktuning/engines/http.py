@@ -1,5 +1,6 @@
 """Talking to a server: what its clients share."""
 
+import os
 import textwrap
 from urllib.parse import urlsplit
 
@@ -29,6 +30,23 @@ def connect(
             mounts={f"all://{host}": None for host in _THIS_MACHINE}
         ),
     )
+
+
+def client_faults(concurrency: int, timeout: float, api_key_env: str | None) -> list[str]:
+    """What is wrong with the settings of a client."""
+    faults = []
+    if concurrency < 1:
+        faults.append(f"concurrency must be at least 1, got {concurrency}")
+    if timeout <= 0:
+        faults.append(f"timeout must be positive, got {timeout}")
+    if not api_key(api_key_env):
+        faults.append(f"the environment variable {api_key_env} with the key isn't set")
+    return faults
+
+
+def api_key(api_key_env: str | None) -> str:
+    """The key in an environment variable, empty if it isn't set; some text where none is wanted."""
+    return "none" if api_key_env is None else os.environ.get(api_key_env, "")
 
 
 def is_url(text: str) -> bool:

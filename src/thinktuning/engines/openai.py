@@ -1,7 +1,6 @@
 """A teacher behind an OpenAI-compatible server."""
 
 import logging
-import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,7 @@ from typing import Any, Literal
 
 import openai
 
-from thinktuning.engines.http import connect, in_short, is_url
+from thinktuning.engines.http import api_key, client_faults, connect, in_short, is_url
 from thinktuning.errors import InputError
 from thinktuning.teaching import Chat, Reply, ReplyParams, Teacher
 
@@ -57,15 +56,9 @@ class OpenAIEngine(Teacher):
         faults = []
         if not is_url(base_url):
             faults.append(f"base_url must be like http://127.0.0.1:8000/v1, got {base_url!r}")
-        if concurrency < 1:
-            faults.append(f"concurrency must be at least 1, got {concurrency}")
-        if timeout <= 0:
-            faults.append(f"timeout must be positive, got {timeout}")
+        faults += client_faults(concurrency, timeout, api_key_env)
         if max_retries < 0:
             faults.append(f"max_retries must not be negative, got {max_retries}")
-        key = "none" if api_key_env is None else os.environ.get(api_key_env)
-        if not key:
-            faults.append(f"the environment variable {api_key_env} with the key isn't set")
         if faults:
             raise InputError("engine OpenAIEngine: " + "; ".join(faults))
         self.base_url = base_url
@@ -73,7 +66,7 @@ class OpenAIEngine(Teacher):
         self.concurrency = concurrency
         self.structured_outputs = structured_outputs
         self.revision = revision
-        self._client = connect(base_url, str(key), timeout, max_retries)
+        self._client = connect(base_url, api_key(api_key_env), timeout, max_retries)
         self.can_continue = structured_outputs == "vllm"
         self._away = False
 

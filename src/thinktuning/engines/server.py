@@ -1,6 +1,5 @@
 """Sampling on vLLM servers beside the trainer, which reload its weights before each batch."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from thinktuning.engines import probe
 from thinktuning.engines.base import Completion, Engine, SamplingParams
-from thinktuning.engines.http import connect, in_short, is_url
+from thinktuning.engines.http import api_key, client_faults, connect, in_short, is_url
 from thinktuning.engines.weight_files import new_folder, write_weights
 from thinktuning.errors import InputError, StaleWeightsError
 from thinktuning.policy import is_frozen, named_weights
@@ -76,19 +75,14 @@ class VLLMServerEngine(Engine):
         ]
         if not base_urls:
             faults.append("base_urls must name at least one server")
-        if concurrency < 1:
-            faults.append(f"concurrency must be at least 1, got {concurrency}")
-        if timeout <= 0:
-            faults.append(f"timeout must be positive, got {timeout}")
-        key = "none" if api_key_env is None else os.environ.get(api_key_env)
-        if not key:
-            faults.append(f"the environment variable {api_key_env} with the key isn't set")
+        faults += client_faults(concurrency, timeout, api_key_env)
         if faults:
             raise InputError("engine VLLMServerEngine: " + "; ".join(faults))
         self.model = model
         self.weights_folder = Path(weights_folder).expanduser().absolute()
         self.concurrency = concurrency
-        self._servers = [_Server(url, model, str(key), timeout) for url in base_urls]
+        key = api_key(api_key_env)
+        self._servers = [_Server(url, model, key, timeout) for url in base_urls]
         self._dtype: torch.dtype | None = None
         self._context_length: int | None = None
         self._held: PreTrainedModel | None = None  # only a frozen one, which needn't be sent again
@@ -139,10 +133,8 @@ class VLLMServerEngine(Engine):
             On the first rank a sum over the bits of each.
         """
         assert self._dtype is not None
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         sums: list[int] = []
-        # The trainer's mixed precision would round adapters while they are merged.
-        with torch.autocast(device, enabled=False), _error_of_first_rank():
+        with _error_of_first_rank():
             weights = named_weights(model)
             try:
                 if _rank() == 0:

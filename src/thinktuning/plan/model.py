@@ -15,9 +15,9 @@ from thinktuning.policy import (
     base_of,
     recompute_activations,
     resolve,
+    transformer_blocks,
     with_adapters,
 )
-from thinktuning.policy.parallel import transformer_blocks
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class Sizes:
         linear: In matrix products of every token: all but embeddings that aren't the head too.
         root: Outside of the transformer blocks: embedding, head, last norm.
         block: Of the biggest transformer block.
-        trained_root: Trained, outside of the blocks.
         trained_block: Trained, of the biggest block.
         quantized: Of the linear layers that bitsandbytes would keep in fewer bits.
         attention: FLOP of a token's attention for every token that it looks at.
@@ -45,7 +44,6 @@ class Sizes:
     linear: int
     root: int
     block: int
-    trained_root: int
     trained_block: int
     quantized: int
     attention: int
@@ -81,18 +79,14 @@ def measure_model(name: str, job: Job) -> Sizes:
     block, trained_block = (
         max(_count(select(b.parameters())) for b in blocks) for select in (list, trained_parameters)
     )
-    in_blocks, trained_in_blocks = (
-        sum(_count(select(b.parameters())) for b in blocks) for select in (list, trained_parameters)
-    )
     return Sizes(
         bytes=sum(p.nbytes for p in everything),
         parameters=_count(everything),
         trained=_count(trained),
         largest=max((p.numel() for p in trained), default=0),
         linear=_count(everything) - (0 if head is embeddings else embeddings.numel()),
-        root=_count(everything) - in_blocks,
+        root=_count(everything) - sum(_count(b.parameters()) for b in blocks),
         block=block,
-        trained_root=_count(trained) - trained_in_blocks,
         trained_block=trained_block,
         quantized=_linear(base, head),
         attention=4 * len(blocks) * heads * width,

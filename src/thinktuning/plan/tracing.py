@@ -16,8 +16,7 @@ from thinktuning.objective import policy_loss
 from thinktuning.plan.job import Job
 from thinktuning.plan.model import give_shapes, named_model, student, trained_parameters
 from thinktuning.plan.peak import Bytes, PeakMemory
-from thinktuning.policy import base_of, completion_logprobs
-from thinktuning.policy.parallel import transformer_blocks
+from thinktuning.policy import base_of, completion_logprobs, transformer_blocks
 from thinktuning.types import PolicyInputs
 
 WEIGHTS = "policy weights"

@@ -9,7 +9,13 @@ from thinktuning.policy.loading import (
 )
 from thinktuning.policy.logprobs import completion_logprobs
 from thinktuning.policy.lora import LoraSettings, load_base, with_adapters, without_adapters
-from thinktuning.policy.parallel import gather, recompute_activations, release, shard
+from thinktuning.policy.parallel import (
+    gather,
+    recompute_activations,
+    release,
+    shard,
+    transformer_blocks,
+)
 from thinktuning.policy.prompts import Message, completion_text, render_prompt
 from thinktuning.policy.weights import base_of, is_frozen, is_transposed, named_weights, whole
 
@@ -33,6 +39,7 @@ __all__ = [
     "render_prompt",
     "resolve",
     "shard",
+    "transformer_blocks",
     "whole",
     "with_adapters",
     "without_adapters",

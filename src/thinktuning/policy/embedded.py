@@ -74,7 +74,3 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.config._name_or_path = f"HuggingFaceTB/{_MODEL}"
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-
-
-if __name__ == "__main__":
-    print(embedded_model())

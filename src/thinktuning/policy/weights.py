@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -39,8 +40,10 @@ def named_weights(model: nn.Module, tied: bool = False) -> Iterator[tuple[str, T
         weight = _dequantised(owner, whole(parameter.detach()))
         layer: Any = layers.get(name.removesuffix(f"{_ADAPTED}.weight"))
         if layer is not None and not layer.disable_adapters:
-            for adapter in layer.active_adapters:
-                weight = weight + whole(layer.get_delta_weight(adapter).detach())
+            # The trainer's mixed precision would round what is merged.
+            with torch.autocast(weight.device.type, enabled=False):
+                for adapter in layer.active_adapters:
+                    weight = weight + whole(layer.get_delta_weight(adapter).detach())
         if weight.dim() == 2 and not isinstance(owner, Conv1D) and is_transposed(owner):
             weight = weight.T
         yield name.replace(_ADAPTED, ""), weight
