@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, prompting strategies, and what came of them."""
