@@ -21,6 +21,14 @@ class Outcome(StrEnum):
     TIMEOUT = "timeout"
 
 
+class AnswerKind(StrEnum):
+    """What an answer is, and so how it is asked for and judged."""
+
+    MATH = "math"
+    CHOICE = "choice"
+    YES_NO = "yes_no"
+
+
 @dataclass  # not frozen: Lightning copies batches field by field and refuses frozen dataclasses
 class Prompt:
     """A question, ready for the student. Made by the data room.

@@ -3,18 +3,9 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import Any
 
-from thinktuning.types import Outcome
-
-
-class AnswerKind(StrEnum):
-    """What a benchmark's answers are, and so how they are asked for and judged."""
-
-    MATH = "math"
-    CHOICE = "choice"
-    YES_NO = "yes_no"
+from thinktuning.types import AnswerKind, Outcome
 
 
 @dataclass(frozen=True)
