@@ -31,7 +31,6 @@ def save(folder):
     """A teacher's folder; on some CPUs bitsandbytes packs 4 bits in blocks of 64 columns."""
     text = tiny.tokenizer("pad_is_eos")
     config = tiny.model("llama", len(text), text.eos_token_id, width=64, heads=2).config
-    config.intermediate_size = 128
     config.max_position_embeddings = 16384
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

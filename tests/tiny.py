@@ -92,7 +92,7 @@ def model(
         "tie_word_embeddings": True,
     }
     wide = {
-        "intermediate_size": 96,
+        "intermediate_size": 2 * width,
         "num_key_value_heads": heads // 2,
         "max_position_embeddings": max_position_embeddings,
     }
