@@ -73,7 +73,7 @@ def test_every_number_of_a_batch():
     found = {name: tuple(value) for name, value in rollout_means(BATCH).items()}
     assert found == {
         # Rewards: 1.5, 0, 0.5, 0 | 1, 1, 1, 1 | 0, 0, 0, 0; guided: 1st, 2nd | 3rd, 4th | 2nd.
-        "reward/all": (6.0, 12),
+        "reward": (6.0, 12),
         "reward/guided": (3.5, 5),
         "reward/unguided": (2.5, 7),
         "reward/MathReward": (5.0, 12),
@@ -135,7 +135,7 @@ def test_without_guidance_its_means_are_over_nothing():
         "guidance/skipped_special_token",
         "length/injected",
     }
-    assert tuple(found["reward/unguided"]) == tuple(found["reward/all"]) == (1.0, 2)
+    assert tuple(found["reward/unguided"]) == tuple(found["reward"]) == (1.0, 2)
     assert tuple(found["guidance/realised_gamma"]) == (0, 2)
 
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 def test_leaving_out_idle_rows_changes_nothing(student, questions, tmp_path, monkeypatch):
     main(fit_arguments(student(), questions, tmp_path / "out"))
-    monkeypatch.setattr(PolicyUpdate, "_without_idle_rows", lambda self, mini: mini)
+    monkeypatch.setattr(PolicyUpdate, "trained_rows", lambda self, mini: mini)
     main(fit_arguments(student(), questions, tmp_path / "in"))
     assert max(scalars(tmp_path / "in" / "version_0")["groups/zero_variance"]) > 0
     left_out, kept = (checkpoint(tmp_path / name)["state_dict"] for name in ("out", "in"))

@@ -74,7 +74,7 @@ def rollout_means(batch: RolloutBatch) -> dict[str, Mean]:
     unguided = [r for r in rollouts if not r.guided]
     pairs = [(r.original, r) for r in rollouts if r.original is not None]
     means = {
-        "reward/all": mean(_reward(r) for r in rollouts),
+        "reward": mean(_reward(r) for r in rollouts),
         "reward/guided": mean(_reward(r) for r in guided),
         "reward/unguided": mean(_reward(r) for r in unguided),
         "accuracy/student": mean(_correct(r.original or r) for r in rollouts),

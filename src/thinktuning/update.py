@@ -1,5 +1,6 @@
-"""Stage 3: the optimizer steps of one rollout batch."""
+"""The optimizer steps of one batch."""
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,13 +11,21 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from thinktuning.errors import LostGradientsError
 from thinktuning.metrics import StepMetrics
-from thinktuning.objective import Mean, policy_loss, sampling_gap, token_weights
-from thinktuning.policy import completion_logprobs, release, whole
+from thinktuning.objective import (
+    LossOutput,
+    Mean,
+    policy_loss,
+    sampling_gap,
+    supervised_loss,
+    token_weights,
+)
+from thinktuning.policy import TokenScores, completion_logprobs, release, whole
 from thinktuning.tensors import split, trim
 from thinktuning.types import PolicyInputs
 
 if TYPE_CHECKING:
     from thinktuning.module import ThinkTuningModule
+    from thinktuning.policy_module import PolicyModule
 
 _LOST = (
     "the loss has a gradient with respect to the logprobs, but that of every trained weight is "
@@ -26,55 +35,47 @@ _LOST = (
 )
 
 
-class PolicyUpdate:
-    """Trains a module's policy on one rollout batch, and notes what it saw.
+class Update(ABC):
+    """Trains a module's policy on one batch, and notes what it saw. A child says what the loss is.
 
     Args:
-        module: Whose policy, objective and limits they are.
+        module: Whose policy and limits they are.
         metrics: Gets the numbers of this batch.
+        num_mini_batches: Optimizer steps on the batch.
+        temperature: The policy is softmax(logits / temperature).
+        normalizer: The mean that an optimizer step takes; see ``ObjectiveConfig``.
     """
 
-    def __init__(self, module: "ThinkTuningModule", metrics: StepMetrics) -> None:
+    def __init__(
+        self,
+        module: "PolicyModule",
+        metrics: StepMetrics,
+        num_mini_batches: int = 1,
+        temperature: float = 1.0,
+        normalizer: str = "token_mean",
+    ) -> None:
         self.module = module
         self.metrics = metrics
+        self.num_mini_batches = num_mini_batches
+        self.temperature = temperature
+        self.normalizer = normalizer
 
-    def with_fixed_logprobs(self, inputs: PolicyInputs) -> PolicyInputs:
-        """Add the logprobs that stay fixed during the update, as far as it needs them."""
-        if self.module.num_mini_batches > 1:
-            inputs = replace(inputs, old_logprobs=self._frozen_logprobs(self.module.policy, inputs))
-        if self.module.objective.kl_coef > 0:
-            with self.module.as_reference() as reference:
-                inputs = replace(inputs, ref_logprobs=self._frozen_logprobs(reference, inputs))
-                release(reference)
-        self._compare_before_update(inputs)
-        return inputs
+    @abstractmethod
+    def loss(self, micro: PolicyInputs) -> LossOutput:
+        """Loss of a micro-batch, from its logprobs and token weights."""
 
-    @torch.no_grad()
-    def _frozen_logprobs(self, model: nn.Module, inputs: PolicyInputs) -> Tensor:
-        width = inputs.completion_mask.shape[1]
-        rows = []
-        for micro in split(inputs, self.module.micro_batch_size):
-            logprobs = completion_logprobs(model, trim(micro), self.module.temperature).logprobs
-            rows.append(nn.functional.pad(logprobs, (0, width - logprobs.shape[1])))
-        return torch.cat(rows)
+    def trained_rows(self, mini: PolicyInputs) -> PolicyInputs:
+        """The rows of an optimizer step that have a gradient; the weights of others stay."""
+        return mini
 
-    def _compare_before_update(self, inputs: PolicyInputs) -> None:
-        """Compare engine and trainer where the update won't: on all rollouts if their logprobs are
-        there already, on one of them if the update will read none.
-        """
-        if inputs.old_logprobs is not None:
-            self._compare(inputs.old_logprobs, inputs)
-        elif not self._without_idle_rows(inputs).input_ids.shape[0]:
-            one = trim(inputs.rows(slice(0, 1)))
-            self._compare(self._frozen_logprobs(self.module.policy, one), one)
-
-    def _compare(self, logprobs: Tensor, inputs: PolicyInputs) -> None:
-        """Note how far the engine's logprobs are from the trainer's at the same weights."""
-        assert inputs.sampling_logprobs is not None
-        sampled = inputs.completion_mask & ~inputs.injected_mask
-        gap = sampling_gap(logprobs, inputs.sampling_logprobs, sampled)
-        self.metrics.add({"engine/logprob_gap": gap.mean, "engine/kl": gap.k3})
-        self.metrics.peak("engine/logprob_gap", gap.maximum)
+    def observe(self, micro: PolicyInputs, scores: TokenScores, output: LossOutput) -> None:
+        """Note a micro-batch after its backward pass; its logprobs keep their gradient."""
+        self.metrics.add(
+            {
+                "objective/loss": Mean(output.loss.detach(), 0),
+                "objective/entropy": Mean(scores.entropy.sum(), micro.completion_mask.sum()),
+            }
+        )
 
     def run(self, inputs: PolicyInputs) -> int:
         """Take one optimizer step per mini-batch.
@@ -86,9 +87,9 @@ class PolicyUpdate:
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(scheduler, LambdaLR)
         trained_tokens = 0
-        size = inputs.input_ids.shape[0] // self.module.num_mini_batches
+        size = inputs.input_ids.shape[0] // self.num_mini_batches
         for number, mini in enumerate(split(inputs, size), start=1):
-            weighted = self._without_idle_rows(self._with_token_weights(mini))
+            weighted = self.trained_rows(self._with_token_weights(mini))
             trained_tokens += int(weighted.completion_mask.sum())
             signal = torch.zeros((), device=self.module.device)
             for micro in split(weighted, self.module.micro_batch_size):
@@ -102,8 +103,8 @@ class PolicyUpdate:
             clean_norm = norm.item() if finite else 0.0
             self.metrics.add({"optimizer/grad_norm": Mean(clean_norm, int(finite))})
             self.metrics.add({"optimizer/skipped_steps": Mean(int(not finite), 1)})
-            if number < self.module.num_mini_batches:
-                # Past Lightning's wrapper, so that global_step counts rollout batches.
+            if number < self.num_mini_batches:
+                # Past Lightning's wrapper, so that global_step counts batches.
                 self.module.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
             else:
                 optimizer.step()
@@ -112,7 +113,7 @@ class PolicyUpdate:
         scheduler.step()
         # The losses of a step's micro-batches and ranks add up to world_size times its loss, and
         # each rank counts its steps.
-        self.metrics.add({"objective/loss": Mean(0.0, self.module.num_mini_batches)})
+        self.metrics.add({"objective/loss": Mean(0.0, self.num_mini_batches)})
         return trained_tokens
 
     def _with_token_weights(self, mini: PolicyInputs) -> PolicyInputs:
@@ -123,7 +124,7 @@ class PolicyUpdate:
         num_tokens, num_sequences = self._sum_over_ranks(counts).tolist()
         weights = token_weights(
             mini.completion_mask,
-            self.module.objective.normalizer,
+            self.normalizer,
             int(num_tokens),
             int(num_sequences),
             self.module.max_new_tokens,
@@ -131,18 +132,28 @@ class PolicyUpdate:
         # DDP and FSDP average gradients over ranks, but each rank's loss is a part of a sum.
         return replace(mini, token_weights=weights * self.module.trainer.world_size)
 
-    def _without_idle_rows(self, mini: PolicyInputs) -> PolicyInputs:
-        """Leave out rollouts whose gradient is zero; the weights of the others stay."""
-        # On several ranks all must run the same number of backward passes, which synchronise.
-        if self.module.objective.kl_coef > 0 or self.module.trainer.world_size > 1:
-            return mini
-        return mini.rows(mini.advantages != 0)
+    def _backward(self, micro: PolicyInputs) -> Tensor:
+        """Add a micro-batch's gradients; returns the sum of those of its logprobs, all positive."""
+        scores = completion_logprobs(self.module.policy, micro, self.temperature)
+        if not scores.logprobs.requires_grad:
+            raise LostGradientsError(_LOST)
+        scores.logprobs.retain_grad()
+        output = self.loss(replace(micro, logprobs=scores.logprobs))
+        self.module.manual_backward(output.loss)
+        assert scores.logprobs.grad is not None
+        self.observe(micro, scores, output)
+        return scores.logprobs.grad.abs().sum()
 
     def _fill_missing_gradients(self) -> None:
         """A step without any gradient is one of gradient zero: momentum and weight decay go on."""
         for parameter in self.module.policy.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+
+    def _clip_gradients(self) -> Tensor:
+        """Clip to ``max_grad_norm``; the norm before clipping."""
+        limit = float("inf") if self.module.max_grad_norm is None else self.module.max_grad_norm
+        return whole(nn.utils.clip_grad_norm_(self.module.policy.parameters(), limit))
 
     def _check_arrival(self, signal: Tensor, norm: Tensor) -> None:
         """Stop where the loss has a gradient of which no weight gets anything.
@@ -155,36 +166,96 @@ class PolicyUpdate:
         if norm == 0 and self._sum_over_ranks(signal) > 0:
             raise LostGradientsError(_LOST)
 
-    def _backward(self, micro: PolicyInputs) -> Tensor:
-        """Add a micro-batch's gradients; returns the sum of those of its logprobs, all positive."""
-        scores = completion_logprobs(self.module.policy, micro, self.module.temperature)
-        if not scores.logprobs.requires_grad:
-            raise LostGradientsError(_LOST)
-        scores.logprobs.retain_grad()
-        output = policy_loss(replace(micro, logprobs=scores.logprobs), self.module.objective)
-        self.module.manual_backward(output.loss)
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.module.trainer.strategy.reduce(values, reduce_op="sum")
+
+
+class SupervisedUpdate(Update):
+    """Raises the likelihood of the completions, whoever wrote them."""
+
+    def loss(self, micro: PolicyInputs) -> LossOutput:
+        """Mean negative logprob."""
+        return supervised_loss(micro)
+
+
+class PolicyUpdate(Update):
+    """Trains on rollouts by their advantages.
+
+    Args:
+        module: Whose policy, objective and limits they are.
+        metrics: Gets the numbers of this batch.
+    """
+
+    def __init__(self, module: "ThinkTuningModule", metrics: StepMetrics) -> None:
+        super().__init__(
+            module,
+            metrics,
+            module.num_mini_batches,
+            module.temperature,
+            module.objective.normalizer,
+        )
+        self.objective = module.objective
+        self.as_reference = module.as_reference
+
+    def with_fixed_logprobs(self, inputs: PolicyInputs) -> PolicyInputs:
+        """Add the logprobs that stay fixed during the update, as far as it needs them."""
+        if self.num_mini_batches > 1:
+            inputs = replace(inputs, old_logprobs=self._frozen_logprobs(self.module.policy, inputs))
+        if self.objective.kl_coef > 0:
+            with self.as_reference() as reference:
+                inputs = replace(inputs, ref_logprobs=self._frozen_logprobs(reference, inputs))
+                release(reference)
+        self._compare_before_update(inputs)
+        return inputs
+
+    @torch.no_grad()
+    def _frozen_logprobs(self, model: nn.Module, inputs: PolicyInputs) -> Tensor:
+        width = inputs.completion_mask.shape[1]
+        rows = []
+        for micro in split(inputs, self.module.micro_batch_size):
+            logprobs = completion_logprobs(model, trim(micro), self.temperature).logprobs
+            rows.append(nn.functional.pad(logprobs, (0, width - logprobs.shape[1])))
+        return torch.cat(rows)
+
+    def _compare_before_update(self, inputs: PolicyInputs) -> None:
+        """Compare engine and trainer where the update won't: on all rollouts if their logprobs are
+        there already, on one of them if the update will read none.
+        """
+        if inputs.old_logprobs is not None:
+            self._compare(inputs.old_logprobs, inputs)
+        elif not self.trained_rows(inputs).input_ids.shape[0]:
+            one = trim(inputs.rows(slice(0, 1)))
+            self._compare(self._frozen_logprobs(self.module.policy, one), one)
+
+    def _compare(self, logprobs: Tensor, inputs: PolicyInputs) -> None:
+        """Note how far the engine's logprobs are from the trainer's at the same weights."""
+        assert inputs.sampling_logprobs is not None
+        sampled = inputs.completion_mask & ~inputs.injected_mask
+        gap = sampling_gap(logprobs, inputs.sampling_logprobs, sampled)
+        self.metrics.add({"engine/logprob_gap": gap.mean, "engine/kl": gap.k3})
+        self.metrics.peak("engine/logprob_gap", gap.maximum)
+
+    def loss(self, micro: PolicyInputs) -> LossOutput:
+        """Clipped on own tokens, shaped on injected ones."""
+        return policy_loss(micro, self.objective)
+
+    def trained_rows(self, mini: PolicyInputs) -> PolicyInputs:
+        """Leave out rollouts without an advantage."""
+        # On several ranks all must run the same number of backward passes, which synchronise.
+        if self.objective.kl_coef > 0 or self.module.trainer.world_size > 1:
+            return mini
+        return mini.rows(mini.advantages != 0)
+
+    def observe(self, micro: PolicyInputs, scores: TokenScores, output: LossOutput) -> None:
+        """Note the objective's numbers, and the gap between engine and trainer."""
+        super().observe(micro, scores, output)
         assert scores.logprobs.grad is not None
         signal = scores.logprobs.grad.abs()
         means = {f"objective/{name}": value for name, value in output.metrics.items()}
         for name in ("shaping_weight", "shaping_masked"):
             means[name.replace("_", "/")] = means.pop(f"objective/{name}")
+        means["shaping/gradient_share"] = Mean(signal[micro.injected_mask].sum(), signal.sum())
         self.metrics.add(means)
-        self.metrics.add(
-            {
-                "objective/loss": Mean(output.loss.detach(), 0),
-                "objective/entropy": Mean(scores.entropy.sum(), micro.completion_mask.sum()),
-                "shaping/gradient_share": Mean(signal[micro.injected_mask].sum(), signal.sum()),
-            }
-        )
         self.metrics.peak("shaping/weight", output.weight_max)
         if micro.old_logprobs is None:  # this update's own are those of the weights that sampled
             self._compare(scores.logprobs, micro)
-        return signal.sum()
-
-    def _clip_gradients(self) -> Tensor:
-        """Clip to ``max_grad_norm``; the norm before clipping."""
-        limit = float("inf") if self.module.max_grad_norm is None else self.module.max_grad_norm
-        return whole(nn.utils.clip_grad_norm_(self.module.policy.parameters(), limit))
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return self.module.trainer.strategy.reduce(values, reduce_op="sum")

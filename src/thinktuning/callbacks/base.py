@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from thinktuning.types import RolloutBatch
 
@@ -34,5 +34,5 @@ class RolloutCallback(Callback):
 class StageObserver(Callback):
     """A callback that is told how far a training step is."""
 
-    def on_stage(self, trainer: Trainer, module: "ThinkTuningModule", stage: str) -> None:
+    def on_stage(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """A stage of the step begins."""

@@ -1,15 +1,12 @@
 """Progress: a Rich bar on a terminal, a line per step elsewhere."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 
 from thinktuning.callbacks.base import StageObserver
-
-if TYPE_CHECKING:
-    from thinktuning.module import ThinkTuningModule
 
 
 class RolloutProgress(RichProgressBar, StageObserver):
@@ -24,7 +21,7 @@ class RolloutProgress(RichProgressBar, StageObserver):
         if not Console().is_terminal:
             self.disable()
 
-    def on_stage(self, trainer: Trainer, module: "ThinkTuningModule", stage: str) -> None:
+    def on_stage(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Name the stage in the bar."""
         self._stage = stage
         if self.progress is not None and self.train_progress_bar_id is not None:

@@ -5,6 +5,7 @@ from thinktuning.objective.losses import (
     LossOutput,
     ObjectiveConfig,
     policy_loss,
+    supervised_loss,
     token_weights,
 )
 from thinktuning.objective.means import Mean
@@ -22,5 +23,6 @@ __all__ = [
     "policy_loss",
     "sampling_gap",
     "shaping_coefficient",
+    "supervised_loss",
     "token_weights",
 ]

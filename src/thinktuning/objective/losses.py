@@ -188,6 +188,22 @@ def policy_loss(inputs: PolicyInputs, config: ObjectiveConfig) -> LossOutput:
     return LossOutput(loss, metrics, weight_max)
 
 
+def supervised_loss(inputs: PolicyInputs) -> LossOutput:
+    """Weighted mean of the negative logprobs of the completion tokens, in nats.
+
+    Args:
+        inputs: With ``logprobs`` set. Without ``token_weights``, the mean over these rows' tokens.
+
+    Returns:
+        The loss; no metrics.
+    """
+    mask = inputs.completion_mask
+    assert inputs.logprobs is not None, "logprobs must be set before the loss"
+    weights = token_weights(mask) if inputs.token_weights is None else inputs.token_weights
+    loss = torch.where(mask, -inputs.logprobs, 0.0).mul(weights).sum()
+    return LossOutput(loss, {}, torch.zeros_like(loss))
+
+
 def _shaped_mask(inputs: PolicyInputs, config: ObjectiveConfig) -> Tensor:
     """Bool [B, T]: the tokens that get a shaping weight instead of the clipped ratio."""
     if config.shaping == "clip":

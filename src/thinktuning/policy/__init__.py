@@ -7,7 +7,7 @@ from thinktuning.policy.loading import (
     load_tokenizer,
     resolve,
 )
-from thinktuning.policy.logprobs import completion_logprobs
+from thinktuning.policy.logprobs import TokenScores, completion_logprobs
 from thinktuning.policy.lora import LoraSettings, load_base, with_adapters, without_adapters
 from thinktuning.policy.parallel import (
     gather,
@@ -22,6 +22,7 @@ from thinktuning.policy.weights import base_of, is_frozen, is_transposed, named_
 __all__ = [
     "LoraSettings",
     "Message",
+    "TokenScores",
     "base_of",
     "completion_logprobs",
     "completion_text",

@@ -1,0 +1,308 @@
+"""What the modules that train a policy share: weights, optimizer, checkpoints, validation."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel
+
+from thinktuning.callbacks.base import StageObserver
+from thinktuning.engines import Completion, Engine, SamplingParams, derive_seed
+from thinktuning.errors import InputError
+from thinktuning.metrics import StepMetrics
+from thinktuning.policy import (
+    LoraSettings,
+    completion_text,
+    end_of_turn_ids,
+    load_base,
+    load_model,
+    load_tokenizer,
+    recompute_activations,
+    shard,
+    with_adapters,
+)
+from thinktuning.rewards import verify_math
+from thinktuning.strategy import FSDP2Strategy, check_strategy
+from thinktuning.types import Outcome, Prompt, Rollout
+
+
+class PolicyModule(LightningModule):
+    """Holds the policy: all its weights or adapters on frozen ones, on one device or cut over many.
+
+    A child trains it in ``training_step``, with manual optimization. The arguments are those of
+    the children, see ``ThinkTuningModule``, and ``faults``, what a child found wrong with its own.
+    """
+
+    policy: Any  # a Transformers model, or peft's around one
+    headline = "reward"
+    """The metric that the progress bar shows."""
+
+    def __init__(
+        self,
+        pretrained: str,
+        engine: Engine,
+        max_new_tokens: int,
+        micro_batch_size: int,
+        optimizer: OptimizerCallable,
+        warmup_steps: int,
+        max_grad_norm: float | None,
+        attention: str,
+        activation_checkpointing: bool,
+        lora: LoraSettings | None,
+        seed: int,
+        faults: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        faults = [
+            *faults,
+            *too_small(
+                ("max_new_tokens", max_new_tokens, 1),
+                ("micro_batch_size", micro_batch_size, 1),
+                ("warmup_steps", warmup_steps, 0),
+            ),
+        ]
+        if max_grad_norm is not None and max_grad_norm <= 0:
+            faults.append(f"max_grad_norm must be positive or null, got {max_grad_norm}")
+        if getattr(engine, "pretrained", None) is not None:
+            faults.append(
+                "its engine samples from the trained weights: leave out engine.pretrained, "
+                "which is for a teacher (guidance.teacher)"
+            )
+        if faults:
+            raise InputError("model: " + "; ".join(faults))
+        self.automatic_optimization = False
+        self.strict_loading = False  # frozen weights aren't in checkpoints; see on_load_checkpoint
+        self.pretrained = pretrained
+        self.engine = engine
+        self.max_new_tokens = max_new_tokens
+        self.micro_batch_size = micro_batch_size
+        self.optimizer_factory = optimizer
+        self.warmup_steps = warmup_steps
+        self.max_grad_norm = max_grad_norm
+        self.attention = attention
+        self.activation_checkpointing = activation_checkpointing
+        self.lora = lora
+        self.seed = seed
+        self.val_accuracy, self.val_no_answer = MeanMetric(), MeanMetric()
+        self.val_length, self.val_cut_off = MeanMetric(), MeanMetric()
+
+    # ---------------------------------------------------------------- models
+
+    def setup(self, stage: str) -> None:
+        """Refuse what can't be done right."""
+        check_strategy(self.trainer.strategy)
+        precision = str(self.trainer.precision)
+        if precision not in ("32-true", "bf16-mixed"):
+            raise InputError(
+                f"trainer.precision {precision} isn't supported; expected bf16-mixed or 32-true: "
+                f"weights stay in float32, since in fewer bits an update of 1e-6 rounds away, and "
+                f"a scaled loss (16-mixed) doesn't go with clipping here"
+            )
+        if not isinstance(self.trainer.strategy, FSDP2Strategy) or self.lora is None:
+            return
+        if self.lora.base == "bfloat16" and precision == "32-true":
+            raise InputError(
+                "model.lora.base bfloat16 would be gathered and computed in float32 under "
+                "fsdp2 with trainer.precision 32-true; use bf16-mixed"
+            )
+        if self.lora.base == "8bit":
+            raise InputError(
+                "model.lora.base 8bit can't be cut over ranks: bitsandbytes keeps scales beside "
+                "its weights that FSDP2 doesn't know; use 4bit, bfloat16, or trainer.strategy ddp"
+            )
+
+    def configure_model(self) -> None:
+        """Load the policy."""
+        if hasattr(self, "policy"):
+            return
+        self.tokenizer = load_tokenizer(self.pretrained)
+        self.policy = self._load_student()
+        self.stop_ids = end_of_turn_ids(self.tokenizer, self.policy.generation_config)
+        if self.lora is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(self.seed, "adapters"))  # on every rank the same
+                self.policy = with_adapters(self.policy, self.lora)
+        if self.activation_checkpointing:
+            recompute_activations(self.policy)
+        self._shard(self.policy)
+
+    def _load_student(self) -> PreTrainedModel:
+        """The weights that are trained, or that adapters are put on."""
+        if self.lora is None:
+            return load_model(self.pretrained, attention=self.attention)
+        return load_base(self.pretrained, self.lora.base, self._compute_dtype, self.attention)
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
+
+    def _shard(self, model: nn.Module) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2Strategy):
+            mesh = strategy.device_mesh["data_parallel"]
+            shard(model, mesh, self._compute_dtype, strategy.cpu_offload)
+
+    def _callbacks(self) -> list[Callback]:
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return callbacks
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The optimizer, and a learning rate that is constant after its warm-up."""
+        optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
+        of_library = type(optimizer).__module__.partition(".")[0]
+        if of_library == "bitsandbytes" and isinstance(self.trainer.strategy, FSDP2Strategy):
+            raise InputError(
+                f"model.optimizer {type(optimizer).__name__} can't step weights that are cut over "
+                f"ranks: bitsandbytes doesn't know them; use torch.optim.AdamW, whose state FSDP2 "
+                f"cuts as well, or trainer.strategy ddp"
+            )
+        warmup = self.warmup_steps
+        # Stepped once a rollout batch; the first batch already learns.
+        scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Everything but the frozen weights, which are loaded anew."""
+        state = super().state_dict(*args, **kwargs)
+        own = {k: v for k, v in state.items() if k.startswith("policy.")}
+        return own if self.lora is None else {k: v for k, v in own.items() if "lora_" in k}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which model the weights belong to."""
+        checkpoint["pretrained"] = self.pretrained
+        checkpoint["lora"] = None if self.lora is None else asdict(self.lora)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that aren't this policy's; strict loading would miss frozen ones."""
+        lora = None if self.lora is None else asdict(self.lora)
+        if checkpoint.get("lora") != lora:
+            raise InputError(
+                f"the checkpoint was made with model.lora {checkpoint.get('lora')}, not {lora}"
+            )
+        if lora is not None and checkpoint["pretrained"] != self.pretrained:
+            raise InputError(
+                f"the checkpoint's adapters belong to {checkpoint['pretrained']!r}, not to "
+                f"{self.pretrained!r}"
+            )
+        expected, found = set(self.state_dict()), set(checkpoint["state_dict"])
+        if expected != found:
+            raise InputError(
+                f"the checkpoint isn't one of this model ({self.pretrained}): it lacks "
+                f"{len(expected - found)} of its weights and has {len(found - expected)} others, "
+                f"e.g. {sorted(expected ^ found)[0]!r}; give the configuration it was made with"
+            )
+
+    # -------------------------------------------------------------- sampling
+
+    def _give_weights(self) -> None:
+        """Make the engine sample from the policy as it is now."""
+        self.engine.wake()
+        self.engine.load_weights(self.policy, self.tokenizer)
+
+    def _complete(
+        self, prompts: Sequence[Prompt], seeds: list[list[int]], params: SamplingParams
+    ) -> list[list[Completion]]:
+        if not prompts:  # this rank's part of the last validation batch
+            return []
+        longest, limit = max(len(p.token_ids) for p in prompts), self.engine.context_length
+        if limit is not None and longest + params.max_new_tokens > limit:
+            raise InputError(
+                f"model: a prompt of {longest} tokens and max_new_tokens={params.max_new_tokens} "
+                f"need more than the {limit} positions that the model or its engine has; lower "
+                f"model.max_new_tokens or data.max_prompt_tokens"
+            )
+        return self.engine.sample([p.token_ids for p in prompts], seeds, params)
+
+    def _rollout(self, prompt: Prompt, sample: int, completion: Completion) -> Rollout:
+        return Rollout(
+            prompt=prompt,
+            sample=sample,
+            completion_ids=completion.token_ids,
+            logprobs=completion.logprobs,
+            injected_mask=(False,) * len(completion.token_ids),
+            finished=completion.finish_reason == "stop",
+            text=self.decode(completion.token_ids),
+        )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a completion without its control tokens."""
+        return completion_text(self.tokenizer, token_ids)
+
+    # ------------------------------------------------------------ validation
+
+    def on_validation_start(self) -> None:
+        """Give the engine the weights to evaluate."""
+        self._give_weights()
+
+    def on_validation_end(self) -> None:
+        """Free the device for training."""
+        self.engine.sleep()
+
+    on_test_start = on_validation_start
+    on_test_end = on_validation_end
+
+    def validation_step(self, prompts: list[Prompt], batch_idx: int) -> None:
+        """Greedy answers of the student, without guidance."""
+        self._evaluate(prompts, "val")
+
+    def test_step(self, prompts: list[Prompt], batch_idx: int) -> None:
+        """The same as validation."""
+        self._evaluate(prompts, "test")
+
+    def _evaluate(self, prompts: Sequence[Prompt], prefix: str) -> None:
+        params = SamplingParams(self.max_new_tokens, self.stop_ids, temperature=0.0)
+        groups = self._complete(prompts, [[0]] * len(prompts), params)
+        for prompt, (completion,) in zip(prompts, groups, strict=True):
+            rollout = self._rollout(prompt, 0, completion)
+            outcome = verify_math(rollout.text, prompt.answer, rollout.finished)
+            self.val_accuracy.update(float(outcome is Outcome.CORRECT))
+            self.val_no_answer.update(float(outcome is Outcome.NO_ANSWER))
+            self.val_length.update(float(len(rollout.completion_ids)))
+            self.val_cut_off.update(float(not rollout.finished))
+        self.log(f"{prefix}/accuracy", self.val_accuracy, prog_bar=True, batch_size=1)
+        self.log(f"{prefix}/no_answer", self.val_no_answer, batch_size=1)
+        self.log(f"{prefix}/length", self.val_length, batch_size=1)
+        self.log(f"{prefix}/cut_off", self.val_cut_off, batch_size=1)
+
+    # --------------------------------------------------------------- logging
+
+    @contextmanager
+    def _stage(self, name: str, metrics: StepMetrics) -> Iterator[None]:
+        """Time a stage and tell the callbacks that it begins."""
+        for callback in self._callbacks():
+            if isinstance(callback, StageObserver):
+                callback.on_stage(self.trainer, self, name)
+        with metrics.timed(name):
+            yield
+
+    def _log_step(self, step: int, metrics: StepMetrics) -> dict[str, float]:
+        """Log a step's numbers, each over all ranks."""
+        values = metrics.over_ranks(self.trainer.strategy)
+        # Not self.log, which would repeat the last value of whatever this step has none of.
+        for logger in self.loggers:
+            logger.log_metrics(values, step=step)
+        # For the progress bar and for callbacks that monitor a metric.
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name == self.headline, logger=False, batch_size=1)
+        return values
+
+    def teardown(self, stage: str) -> None:
+        """Release the engine."""
+        self.engine.close()
+
+
+def too_small(*bounds: tuple[str, float, float]) -> list[str]:
+    """Faults of arguments, given as (name, value, least), that are below what they must be."""
+    return [
+        f"{name} must be at least {least}, got {value}"
+        for name, value, least in bounds
+        if value < least
+    ]
