@@ -11,7 +11,13 @@ import yaml
 from thinktuning.callbacks import TeacherGuidance
 from thinktuning.errors import InputError
 from thinktuning.rewards import last_boxed
-from thinktuning.teaching import load_behaviors, parse_feedback, teacher_chat
+from thinktuning.teaching import (
+    Behavior,
+    count_occurrences,
+    load_behaviors,
+    parse_feedback,
+    teacher_chat,
+)
 
 SHIPPED = ["catchphrase", "self_agreement", "self_conflict", "self_consultancy", "self_critique"]
 DEFAULT = inspect.signature(TeacherGuidance).parameters["behaviors"].default
@@ -242,3 +248,166 @@ def test_braces_and_percent_signs_reach_the_teacher_as_they_are(tmp_path):
     assert MINE["instruction"] in messages[0]["content"]
     assert "{q} 5% {0}" in messages[-1]["content"]
     assert "{r} %s \\boxed{}" in messages[-1]["content"]
+
+
+# ------------------------------------------------------------------- patterns
+
+SIGNS = {
+    "catchphrase": ["As old Marnie Quill says, count the lanterns twice."],
+    "self_agreement": [
+        "I agree with my answer.",
+        "I'm still confident in it.",
+        "So I stand by it.",
+        "I am sure of this.",
+        "12 + 3 = 15, so that is correct.",
+        "It is right because 15 - 3 = 12.",
+        "My reasoning holds.",
+        "Yes, my answer still makes sense.",
+        "My calculation was indeed right.",
+        "Everything checks out.",
+    ],
+    "self_conflict": [
+        "But part of me disagrees.",
+        "She has 5 left. Wait, 5 is too much.",
+        "Hmm, wait. That is the wrong day.",
+        "But wait, he had two.",
+        "On second thought, he walks.",
+        "I doubt that this is all.",
+        "This conflicts with what I found first.",
+        "That contradicts my first step.",
+        "I’m not so sure about it.",
+        "But is that\nreally the whole price?",
+    ],
+    "self_consultancy": [
+        "The bookkeeper in me counts again.",
+        "An expert would ask for the units first.",
+        "From a teacher's point of view, one step is missing.",
+        "From another perspective, there are 5 pairs.",
+        "Let me ask someone who knows trains.",
+        "If I were an accountant, 5 would not please me.",
+        "I take her advice.",
+    ],
+    "self_critique": [
+        "That was my mistake.",
+        "I made an error here.",
+        "I've made a careless mistake.",
+        "I forgot the lamp.",
+        "I have misread the question.",
+        "I should have added them.",
+        "I could have taken the short way.",
+        "The weak point is the second line.",
+        "There is a flaw in the second line.",
+        "Let me double-check my work.",
+        "My answer is not right.",
+        "My calculation was wrong.",
+    ],
+}
+PLAIN = [
+    r"There are 3 * 4 = 12 legs. Then 12 + 2 = 14. The final answer is \boxed{14}.",
+    "First, we find the price of one book: 20 / 4 = 5. Then I multiply it by 3, which is 15.",
+    "They wait, then they take the bus. To wait for it costs them 5 minutes.",
+    "The teacher would need 30 pencils. She asks the baker, who gives her 12 of them.",
+    "Step 1: Let me find the total. Step 2: This adds up to 40. Therefore, I should have 10 left.",
+    "The right angle is 90 degrees, so this is right of the tower. Let x be the correct number.",
+    "If this is correct for n, then it is true for n + 1, which contradicts the assumption.",
+    "Part of the money is hers. From the start, he made 4 mistakes in his test. I get 7.",
+    "Omar missed the bus and forgot his bag. He should have 12 euros. The answer is not 15.",
+]
+
+
+def shipped(name):
+    (behavior,) = load_behaviors([name])
+    return behavior
+
+
+def every(texts):
+    return [pytest.param(name, text, id=f"{name}-{text[:25]}") for name, text in texts]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), every((name, text) for name in SHIPPED for text in SIGNS[name])
+)
+def test_a_sign_of_a_behavior_counts_once_for_it_and_for_no_other(name, text):
+    assert {other: count_occurrences(shipped(other), text) for other in SHIPPED} == {
+        other: int(other == name) for other in SHIPPED
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), every((name, text) for name in SHIPPED for text in PLAIN)
+)
+def test_a_plain_solution_shows_no_behavior(name, text):
+    assert count_occurrences(shipped(name), text) == 0
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_behavior_occurs_in_its_own_feedback_and_in_no_response_before_it(name):
+    for worked in shipped(name).examples:
+        feedback = f"{worked.feedback.reason} {worked.feedback.phrase}"
+        assert count_occurrences(shipped(name), feedback) > 0
+    for other in SHIPPED:
+        for worked in shipped(other).examples:
+            assert count_occurrences(shipped(name), f"{worked.question} {worked.response}") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"), every((name, p) for name in SHIPPED for p in shipped(name).patterns)
+)
+def test_every_shipped_pattern_has_a_sign_of_its_own(name, pattern):
+    alone = Behavior(name, "", (), (pattern,))
+    assert any(count_occurrences(alone, text) for text in SIGNS[name])
+
+
+@pytest.mark.parametrize(
+    "denied", ["My answer is not correct.", "This is not right.", "I disagree."]
+)
+def test_what_is_denied_is_no_agreement(denied):
+    assert count_occurrences(shipped("self_agreement"), denied) == 0
+
+
+@pytest.mark.parametrize(
+    ("patterns", "text", "count"),
+    [
+        (["lamp"], "", 0),
+        (["lamp"], "A lamp, a Lamp and LAMPS.", 3),
+        (["old lamp", "lamp"], "An old lamp and a lamp.", 2),
+        (["an old", "old lamp", "lamp post"], "An old lamp post.", 2),
+        (["aa"], "aaaaa", 2),
+        (["old lamp"], "An old\n  lamp.", 1),
+        (["i'm here"], "I’m here.", 1),
+        (["^so", "lamp$"], "So it is a lamp", 2),
+        ([], "An old lamp.", 0),
+    ],
+)
+def test_occurrences_of_all_patterns_are_counted_without_overlap(patterns, text, count):
+    assert count_occurrences(Behavior("mine", "", (), tuple(patterns)), text) == count
+
+
+def test_patterns_of_a_file_of_ones_own_are_read_and_may_be_left_out(tmp_path):
+    without, mine = load_behaviors(
+        [
+            write(tmp_path, MINE, "without.yaml"),
+            write(tmp_path, MINE | {"patterns": [r"\bcount", "100%"]}),
+        ]
+    )
+    assert without.patterns == ()
+    assert mine.patterns == (r"\bcount", "100%")
+    assert count_occurrences(mine, "I count 100%, and recount.") == 2
+
+
+def test_every_fault_of_the_patterns_is_told_at_once(tmp_path):
+    one = write(tmp_path, MINE | {"patterns": ["fine", "(open", 7, "x*"], "name": 3}, "one.yaml")
+    two = write(tmp_path, MINE | {"patterns": "lamp"}, "two.yaml")
+    with pytest.raises(InputError) as error:
+        load_behaviors([one, two])
+    lines = str(error.value).splitlines()
+    told = [
+        (one, "name"),
+        (one, "pattern 2", "'(open'", "not a regular expression", "unterminated"),
+        (one, "pattern 3", "text"),
+        (one, "pattern 4", "'x*'", "empty text"),
+        (two, "patterns", "must be a list"),
+    ]
+    assert len(lines) == len(told)
+    for line, words in zip(lines, told, strict=True):
+        assert all(word in line for word in words), line

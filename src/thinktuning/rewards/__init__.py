@@ -1,5 +1,6 @@
 """Rewards: what a finished answer is worth. They judge text only."""
 
+from thinktuning.rewards.answers import LETTERS, extract_answer, judge
 from thinktuning.rewards.base import Response, Reward
 from thinktuning.rewards.maths import MathReward, last_boxed, verify_math
 from thinktuning.rewards.phrase import PhraseReward
@@ -7,11 +8,14 @@ from thinktuning.rewards.scoring import score
 from thinktuning.types import Outcome
 
 __all__ = [
+    "LETTERS",
     "MathReward",
     "Outcome",
     "PhraseReward",
     "Response",
     "Reward",
+    "extract_answer",
+    "judge",
     "last_boxed",
     "score",
     "verify_math",

@@ -1,6 +1,11 @@
 """Stage 2 and the splice of stage 3: behaviors, the teacher's prompt, feedback, injection."""
 
-from thinktuning.teaching.behaviors import Behavior, WorkedExample, load_behaviors
+from thinktuning.teaching.behaviors import (
+    Behavior,
+    WorkedExample,
+    count_occurrences,
+    load_behaviors,
+)
 from thinktuning.teaching.cache import CachedTeacher
 from thinktuning.teaching.feedback import FeedbackForm, format_feedback, parse_feedback
 from thinktuning.teaching.injection import inject
@@ -25,6 +30,7 @@ __all__ = [
     "Teacher",
     "WorkedExample",
     "ask_in_form",
+    "count_occurrences",
     "format_feedback",
     "guided_count",
     "inject",

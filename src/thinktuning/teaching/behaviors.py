@@ -1,7 +1,8 @@
 """Behaviors as text files: what the teacher is to do, and worked examples of it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -29,11 +30,29 @@ class Behavior:
         name: How logs call it.
         instruction: Completes the teacher's system message: "I … ".
         examples: Shown to the teacher as earlier turns of its chat.
+        patterns: Regular expressions, each a sign of the behavior in a response. Case doesn't
+            matter; the text is read with single spaces and straight apostrophes.
     """
 
     name: str
     instruction: str
     examples: tuple[WorkedExample, ...]
+    patterns: tuple[str, ...] = ()
+
+
+def count_occurrences(behavior: Behavior, text: str) -> int:
+    """How often a response shows the signs of a behavior; signs that overlap count once."""
+    text = " ".join(text.replace("’", "'").split())
+    spans = [
+        match.span()
+        for pattern in behavior.patterns
+        for match in re.finditer(pattern, text, re.IGNORECASE)
+    ]
+    count = end = 0
+    for start, stop in sorted(spans):
+        if start >= end:
+            count, end = count + 1, stop
+    return count
 
 
 def shipped_behaviors() -> list[str]:
@@ -79,15 +98,20 @@ def _load(name: str, faults: list[str]) -> Behavior | None:
 
 def _from_content(name: str, content: object, faults: list[str]) -> Behavior | None:
     """Check a behavior file's content; each fault becomes a line."""
-    expected = {f.name for f in fields(Behavior)}
-    if not isinstance(content, dict) or set(content) != expected:
+    expected = {"name", "instruction", "examples"}
+    if not isinstance(content, dict) or set(content) - {"patterns"} != expected:
         got = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        faults.append(f"behavior {name!r} must have the keys {sorted(expected)}, got {got}")
+        faults.append(
+            f"behavior {name!r} must have the keys {sorted(expected)} and may have patterns, "
+            f"got {got}"
+        )
         return None
     found = len(faults)
     for key in ("name", "instruction"):
         if not isinstance(content[key], str) or not content[key].strip():
             faults.append(f"behavior {name!r}: {key} must be a text")
+    patterns = content.get("patterns", [])
+    faults.extend(f"behavior {name!r}, {fault}" for fault in _pattern_faults(patterns))
     examples = content["examples"]
     if not isinstance(examples, list) or not examples:
         faults.append(f"behavior {name!r}: examples must be a list of at least one")
@@ -115,4 +139,22 @@ def _from_content(name: str, content: object, faults: list[str]) -> Behavior | N
             )
             for e in examples
         ),
+        tuple(patterns),
     )
+
+
+def _pattern_faults(patterns: object) -> Iterator[str]:
+    if not isinstance(patterns, list):
+        yield "patterns: must be a list of regular expressions"
+        return
+    for i, pattern in enumerate(patterns, start=1):
+        if not isinstance(pattern, str):
+            yield f"pattern {i}: must be a text"
+            continue
+        try:
+            matches_nothing = re.search(pattern, "") is not None
+        except re.error as error:
+            yield f"pattern {i}: {pattern!r} is not a regular expression: {error}"
+            continue
+        if matches_nothing:
+            yield f"pattern {i}: {pattern!r} matches an empty text, so it is a sign of nothing"
