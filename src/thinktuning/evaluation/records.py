@@ -70,12 +70,19 @@ class ItemResult:
         question: The item's text, without the choices.
         answer: Gold.
         samples: One, or ``k`` at a temperature.
+        choices: The item's.
     """
 
     id: str
     question: str
     answer: str
     samples: tuple[Sample, ...]
+    choices: tuple[str, ...] | None = None
+
+    def answers(self, item: Item) -> bool:
+        """Whether it is a result of this very item."""
+        own = (self.id, self.question, self.answer, self.choices)
+        return own == (item.id, item.question, item.answer, item.choices)
 
     def to_json(self) -> str:
         """One line."""
@@ -90,7 +97,8 @@ class ItemResult:
         """
         row = json.loads(line)
         samples = tuple(_sample(sample) for sample in row["samples"])
-        return ItemResult(row["id"], row["question"], row["answer"], samples)
+        choices = None if row["choices"] is None else tuple(row["choices"])
+        return ItemResult(row["id"], row["question"], row["answer"], samples, choices)
 
 
 def _sample(row: Mapping[str, Any]) -> Sample:
