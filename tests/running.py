@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from thinktuning.callbacks import RolloutCallback
+from thinktuning.engines import TransformersEngine
 
 
 def fit_arguments(student: Path, questions: Path, root: Path, *more: str) -> list[str]:
@@ -85,3 +87,25 @@ class UnguidedPhrases(Callback):
         unguided = [r for r in outputs["rollouts"].rollouts if not r.guided]
         share = sum(self.phrase in r.text for r in unguided) / max(len(unguided), 1)
         pl_module.log("unguided_phrases", share, batch_size=1)
+
+
+class LoggedEngine(TransformersEngine):
+    """Notes how many prompts each call has, and may kill its process before one."""
+
+    def __init__(self, log: str, killed_before: int | None = None) -> None:
+        super().__init__()
+        self.log = Path(log)
+        self.killed_before = killed_before
+
+    def sample(self, prompts, seeds, params):
+        done = len(calls(self.log))
+        if done == self.killed_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with self.log.open("a") as file:
+            file.write(f"{len(prompts)}\n")
+        return super().sample(prompts, seeds, params)
+
+
+def calls(log: Path) -> list[int]:
+    """The prompts of each call of a LoggedEngine."""
+    return [int(line) for line in log.read_text().split()] if log.exists() else []

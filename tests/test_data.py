@@ -95,7 +95,7 @@ def test_a_list_of_numbers_is_not_read_as_one_number(answer):
 
 ROWS = [upstream_row(1, "1"), upstream_row(2, "1,002"), upstream_row(3, "$-3.")]
 QUESTIONS = [
-    Question(i, row["question"], gold)
+    Question(i, row["question"], gold, f"She packs {i + 1}*1={i + 1} boxes.")
     for i, (row, gold) in enumerate(zip(ROWS, ["1", "1002", "-3"], strict=True))
 ]
 

@@ -12,13 +12,13 @@ import statistics
 import time
 
 import torch
-from provenance import provenance
 from rich.console import Console
 from rich.table import Table
 
 from thinktuning.data import load_questions
 from thinktuning.engines import Engine, SamplingParams, TransformersEngine, VLLMEngine, derive_seed
 from thinktuning.policy import load_model, load_tokenizer, render_prompt
+from thinktuning.provenance import provenance
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def _report(
         f"vLLM / Transformers: {statistics.median(ratios):.2f} "
         f"({min(ratios):.2f} to {max(ratios):.2f})"
     )
-    console.print(provenance(arguments))
+    console.print(vars(arguments) | provenance())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import argparse
 import json
 import time
 
-from provenance import provenance
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +22,7 @@ from thinktuning.policy import (
     load_tokenizer,
     render_prompt,
 )
+from thinktuning.provenance import provenance
 from thinktuning.teaching import (
     FeedbackForm,
     Reply,
@@ -88,7 +88,7 @@ def main() -> None:
         _report(table, name, replies, seconds)
     console = Console()
     console.print(table)
-    console.print(provenance(arguments))
+    console.print(vars(arguments) | provenance())
 
 
 def _report(table: Table, name: str, replies: list[Reply], seconds: float) -> None:

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from provenance import provenance
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +32,7 @@ from thinktuning.objective import ObjectiveConfig
 from thinktuning.plan import Job, make_plan
 from thinktuning.plan.job import GIB, Sampler
 from thinktuning.policy import LoraSettings
+from thinktuning.provenance import provenance
 from thinktuning.rewards import Response, Reward
 
 GROUP = 8
@@ -101,7 +101,7 @@ def main() -> None:
             table.add_row(name, *_compared(name, case, arguments))
     console = Console()
     console.print(table)
-    console.print(provenance(arguments))
+    console.print(vars(arguments) | provenance())
 
 
 def _compared(name: str, case: dict[str, Any], arguments: argparse.Namespace) -> list[str]:

@@ -24,6 +24,13 @@ _METRICS = {
 }
 
 
+_BASELINES = {
+    "sft": "supervised fine-tuning on the gold solutions of the questions",
+    "star": "STaR: the base model, trained on those of a student's own answers that are right, "
+    "some of them found with the gold answer as a hint",
+}
+
+
 @dataclass(frozen=True)
 class Exported:
     """What is known of a policy from its checkpoint.
@@ -84,7 +91,7 @@ def last_scalars(run: Path, before: int) -> dict[str, tuple[int, float]]:
         events = EventAccumulator(str(path), size_guidance={"scalars": 0})
         events.Reload()
         tags = events.Tags()["scalars"]
-        if "reward" not in tags:  # of `thinktuning validate`, which calls every step 0
+        if "objective/loss" not in tags:  # of `thinktuning validate`, which calls every step 0
             continue
         for tag in tags:
             for event in events.Scalars(tag):
@@ -138,6 +145,8 @@ def _data(data: Mapping[str, Any]) -> str:
 
 
 def _method(config: Mapping[str, Any]) -> str:
+    if config.get("method") in _BASELINES:
+        return _BASELINES[config["method"]]
     groups = f"GRPO on groups of {config['model']['group_size']} answers"
     guidance = config["guidance"]
     gamma = guidance["gamma"]

@@ -169,6 +169,19 @@ class PolicyModule(LightningModule):
         scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    def on_train_start(self) -> None:
+        """Begin a new epoch where the checkpoint was made at the end of one.
+
+        Lightning would take it for a part of the old one: it wouldn't count it, so that a resume
+        from its checkpoints would repeat data, and would end it early where it is longer.
+        """
+        loop = self.trainer.fit_loop
+        epochs: Any = loop.epoch_progress.current
+        if epochs.started == epochs.processed:
+            loop.epoch_loop._batches_that_stepped = self.global_step
+            for each in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+                each.on_iteration_done()
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Everything but the frozen weights, which are loaded anew."""
         state = super().state_dict(*args, **kwargs)

@@ -5,6 +5,7 @@ from pathlib import Path
 from thinktuning.checkpointing import META
 
 CHECKPOINTS = "checkpoints"
+CELLS = "cells.json"
 _VERSION = "version_"
 
 

@@ -38,12 +38,14 @@ class Prompt:
         question: Text as the source has it, e.g. ``"How many are 6 bags of 7?"``.
         answer: Gold answer, normalised, e.g. ``"1000"`` for ``#### 1,000``.
         token_ids: The rendered chat prompt, up to where the student starts to write.
+        solution: Gold worked solution without the final answer's line; empty where there is none.
     """
 
     index: int
     question: str
     answer: str
     token_ids: list[int]
+    solution: str = ""
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,13 @@ class GSM8KDataModule(LightningDataModule):
 
     def _prompts(self, questions: Sequence[Question], what: str) -> list[Prompt]:
         prompts = [
-            Prompt(q.index, q.text, q.answer, render_prompt(self._tokenizer, self._messages(q)))
+            Prompt(
+                q.index,
+                q.text,
+                q.answer,
+                render_prompt(self._tokenizer, self._messages(q.text)),
+                q.solution,
+            )
             for q in questions
         ]
         fitting = [p for p in prompts if len(p.token_ids) <= self.max_prompt_tokens]
@@ -146,12 +152,12 @@ class GSM8KDataModule(LightningDataModule):
             )
         return fitting
 
-    def _messages(self, question: Question) -> list[Message]:
+    def _messages(self, question: str) -> list[Message]:
         messages = [{"role": "system", "content": self.system_message}]
         for example in self.examples:
             messages.append(self._user(example.question))
             messages.append({"role": "assistant", "content": example.response})
-        messages.append(self._user(question.text))
+        messages.append(self._user(question))
         return messages
 
     def _user(self, question: str) -> Message:

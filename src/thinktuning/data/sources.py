@@ -13,16 +13,21 @@ from thinktuning.errors import InputError
 
 REASONING_GYM = "reasoning-gym:"
 _MAX_FAULTS_SHOWN = 5
+_CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's notes for a calculator
 _NUMBER = re.compile(r"[-+]?\s*(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row of the source: its number, its text and its normalised gold answer."""
+    """A row of the source: its number, its text, its normalised gold answer, and how that is found.
+
+    The solution is empty where the source has none.
+    """
 
     index: int
     text: str
     answer: str
+    solution: str = ""
 
 
 def parse_gold(answer: str) -> str | None:
@@ -40,6 +45,15 @@ def parse_gold(answer: str) -> str | None:
     if _NUMBER.fullmatch(number):
         return re.sub(r"[,\s]", "", number).removeprefix("+")
     return final or None
+
+
+def parse_solution(answer: str) -> str:
+    r"""The worked solution of a GSM8K row: what stands before its last ``####``, for people.
+
+    ``3+4=<<3+4=7>>7\n#### 7`` gives ``3+4=7``; a row without ``####`` has none.
+    """
+    solution, mark, _ = answer.rpartition("####")
+    return _CALCULATION.sub("", solution).strip() if mark else ""
 
 
 def load_questions(
@@ -125,7 +139,7 @@ def _questions(source: str, rows: Iterable[Mapping[str, Any]]) -> list[Question]
         elif gold is None:
             faults.append(f"row {index + 1}: 'answer' has no gold answer, got {answer!r:.60}")
         else:
-            questions.append(Question(index, text.strip(), gold))
+            questions.append(Question(index, text.strip(), gold, parse_solution(answer)))
     if faults:
         shown = "\n  ".join(faults[:_MAX_FAULTS_SHOWN])
         raise InputError(f"data: {source!r} has {len(faults)} faulty rows:\n  {shown}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -164,5 +165,8 @@ def revision(name: str) -> str | None:
         files = sorted(p for p in folder.iterdir() if p.is_file())
         listed = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         return blake2b(repr(listed).encode(), digest_size=8).hexdigest()
-    cached = try_to_load_from_cache(name, "config.json")
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a folder that isn't there
+        return None
     return Path(cached).parent.name if isinstance(cached, str) else None
