@@ -12,12 +12,13 @@ from thinktuning.cli import main
 from thinktuning.errors import InputError
 from thinktuning.module import ThinkTuningModule
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "compare")
 
 
-def printed_config(capsys, *arguments: str) -> dict:
+def printed_config(capsys, *arguments: str, command: str = "fit") -> dict:
     with pytest.raises(SystemExit) as ended:
-        main(["fit", *arguments, "--print_config"])
+        main([command, *arguments, "--print_config"])
     assert ended.value.code == 0
     return yaml.safe_load(capsys.readouterr().out)
 
@@ -29,10 +30,41 @@ def refused(*arguments: str) -> str:
     return str(ended.value.code)
 
 
+STAGES = {"guidance", "injection"}
+SECTIONS = {
+    "sft": {"model", "data", "engine", "trainer", "checkpoint"},
+    "star": {"model", "data", "engine", "trainer", "checkpoint"},
+    "eval": {"model", "data", "engine", "trainer"},
+}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_configuration_parses(capsys, path):
-    config = printed_config(capsys, f"--config={path}")
-    assert {"model", "data", "engine", "guidance", "injection", "trainer"} <= config.keys()
+    command = "test" if path.stem == "eval" else "fit"
+    config = printed_config(capsys, f"--config={path}", command=command)
+    expected = SECTIONS.get(path.stem, SECTIONS["sft"] | STAGES)
+    assert config.keys() & (SECTIONS["sft"] | STAGES) == expected
+
+
+@pytest.mark.parametrize("name", ["sft", "star"])
+def test_baselines_train_on_what_the_recipe_trains_on(capsys, name):
+    recipe = printed_config(capsys, "--config=configs/gsm8k.yaml")
+    other = printed_config(capsys, f"--config=configs/{name}.yaml")
+    same = ("source", "batch_size", "max_prompt_tokens", "system_message", "instruction")
+    assert [other["data"][key] for key in same] == [recipe["data"][key] for key in same]
+    assert other["model"]["pretrained"] == recipe["model"]["pretrained"]
+
+
+def test_the_last_file_that_names_a_method_decides(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("method: sft\nmodel: {pretrained: embedded}\n")
+    files = ["--config=configs/star.yaml", f"--config={tmp_path / 'mine.yaml'}"]
+    assert refused(*files).startswith("error: ")  # STaR's own options
+    config = printed_config(capsys, f"--config={tmp_path / 'mine.yaml'}")
+    assert config["method"] == "sft" and "guidance" not in config
+    assert "guidance" in printed_config(
+        capsys, f"--config={tmp_path / 'mine.yaml'}", "--method=thinktuning"
+    )
+    assert "method must be one of" in refused("--method=rft")
 
 
 def test_the_recipe_has_the_paper_s_numbers(capsys):

@@ -268,7 +268,8 @@ def test_a_base_that_does_not_fit_is_refused(kind, whole_run, lora_run, tmp_path
     made = whole_run if kind == "whole" else lora_run
     narrow = tiny.save(tmp_path / "narrow")
     arguments = ["export", f"--ckpt_path={checkpoint(made)}", f"--output={tmp_path / 'out'}"]
-    with pytest.raises(SystemExit, match=r"doesn't fit the base model .*(64|128).* in the checkpoint"):
+    misfit = r"doesn't fit the base model .*(64|128).* in the checkpoint"
+    with pytest.raises(SystemExit, match=misfit):
         main([*arguments, f"--base={narrow}"])
     if kind == "whole":
         other = tiny.save(tmp_path / "other", "qwen2", width=64, heads=2)
@@ -372,7 +373,7 @@ def test_the_card_says_what_the_policy_was_trained_with(base, whole_run, questio
     assert found.data.license is None
     for fact in ("# policy", str(base), str(questions), "groups of 4 answers"):
         assert fact in found.text, fact
-    assert "**Rollout batches:** 3" in found.text
+    assert "**Steps:** 3" in found.text
     config = (whole_run / "config.yaml").read_text()
     assert f"```yaml\n{config.rstrip()}\n```" in found.text
     for tag in ("reward", "accuracy/student", "val/accuracy", "guidance/realised_gamma"):
@@ -382,7 +383,7 @@ def test_the_card_says_what_the_policy_was_trained_with(base, whole_run, questio
     export(str(checkpoint(whole_run, step=1)), str(tmp_path / "earlier"))
     first = card(tmp_path / "earlier").text
     assert row(first, "reward") == [f"{logged['reward'][0].value:.4g}", "0"]
-    assert "**Rollout batches:** 1" in first
+    assert "**Steps:** 1" in first
 
 
 def test_the_card_is_of_the_training_not_of_what_came_after(base, questions, tmp_path):

@@ -79,7 +79,7 @@ def test_a_user_sees_scalars_samples_and_an_account(student, questions, tmp_path
     texts = (run / "config.yaml").read_text()
     assert "group_size: 4" in texts
     printed = capsys.readouterr().out
-    assert "Trained for 3 rollout steps" in printed
+    assert "Trained for 3 steps" in printed
     assert "last.ckpt" in printed
     assert "tensorboard --logdir" in printed
     assert "step 3" in printed

@@ -54,7 +54,7 @@ def export(
         load_tokenizer(trained.source),
         model_card(exported, runs.run_of(path)),
     )
-    print(f"wrote the policy after {trained.step} rollout steps to {output}")
+    print(f"wrote the policy after {trained.step} steps to {output}")
 
 
 def _write(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, card: str) -> None:

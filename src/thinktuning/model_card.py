@@ -38,7 +38,7 @@ class Exported:
     Attributes:
         name: Of its folder.
         pretrained: The base model as the training named it: hub id, local folder, or embedded.
-        step: Rollout batches that it was trained on.
+        step: Batches that it was trained on.
         lora: Its adapters; None where all weights were trained.
         adapter: Whether these are written alone, not merged into the base model's weights.
         dtype: Of the written weights, such as float32.
@@ -108,7 +108,8 @@ def _metadata(exported: Exported, config: Mapping[str, Any] | None) -> dict[str,
         metadata["base_model"] = base
     metadata["library_name"] = "peft" if exported.adapter else "transformers"
     metadata["pipeline_tag"] = "text-generation"
-    metadata["tags"] = ["thinktuning", "grpo", *([] if exported.lora is None else ["lora"])]
+    method = "grpo" if config is None or config["method"] not in _BASELINES else config["method"]
+    metadata["tags"] = ["thinktuning", method, *([] if exported.lora is None else ["lora"])]
     if config is not None and _is_hub_id(config["data"]["source"]):
         metadata["datasets"] = [config["data"]["source"]]
     return metadata
@@ -132,7 +133,7 @@ def _summary(exported: Exported, config: Mapping[str, Any] | None) -> str:
         "Base model": base,
         "Data": "unknown" if config is None else _data(config["data"]),
         "Method": "ThinkTuning" if config is None else _method(config),
-        "Rollout batches": str(exported.step),
+        "Steps": str(exported.step),
         "Trained": _trained_weights(exported),
         "Written as": exported.dtype,
     }
@@ -141,11 +142,11 @@ def _summary(exported: Exported, config: Mapping[str, Any] | None) -> str:
 
 def _data(data: Mapping[str, Any]) -> str:
     limit = "" if data["limit"] is None else f", {data['limit']} of its questions"
-    return f"`{data['source']}`{limit}; questions per rollout batch: {data['batch_size']}"
+    return f"`{data['source']}`{limit}; questions per step: {data['batch_size']}"
 
 
 def _method(config: Mapping[str, Any]) -> str:
-    if config.get("method") in _BASELINES:
+    if config["method"] in _BASELINES:
         return _BASELINES[config["method"]]
     groups = f"GRPO on groups of {config['model']['group_size']} answers"
     guidance = config["guidance"]

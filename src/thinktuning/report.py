@@ -14,20 +14,23 @@ from rich.text import Text
 from thinktuning import runs
 
 
-def print_report(trainer: Trainer, run: Path) -> None:
-    """Print what happened, a guided rollout, and what to do next."""
-    console = Console(highlight=False)
+def print_guidance(run: Path, console: Console) -> None:
+    """Print what the teacher did, and a guided rollout."""
     rows = _audit_rows(run)
     guided = [row for row in rows if row["after"] is not None]
     console.print(
-        f"\nTrained for {trainer.global_step} rollout steps. The teacher was to read "
-        f"{len(rows)} answers; {len(guided)} were continued with its feedback."
+        f"The teacher was to read {len(rows)} answers; {len(guided)} were continued with its "
+        f"feedback."
     )
     if guided:
         console.print(Panel(_sample(_most_telling(guided)), title="a guided rollout"))
     elif rows:
         reasons = sorted({str(row["skipped"]) for row in rows})
         console.print(f"No feedback could be used ({', '.join(reasons)}): see {run}/audit*.jsonl.")
+
+
+def print_next_steps(trainer: Trainer, run: Path, console: Console) -> None:
+    """Print what to do after a training run."""
     called = Path(sys.argv[0])
     command = called if called.name == "thinktuning" else Path("thinktuning")
     tensorboard = command.with_name("tensorboard")

@@ -26,7 +26,7 @@ from thinktuning.errors import InputError
 from thinktuning.evaluation import EvaluationModule
 from thinktuning.evaluation.display import print_results
 from thinktuning.plan import PlanOptions, make_plan, print_plan, read_job
-from thinktuning.report import print_report
+from thinktuning.report import print_guidance, print_next_steps
 from thinktuning.strategy import check_strategy
 
 Method = Literal["thinktuning", "sft", "star", "evaluation"]
@@ -159,6 +159,18 @@ class BaselineCLI(MethodCLI):
         parser, config = self._parser("fit"), self.config["fit"]
         parser.save(config, runs.config_path(self.run), skip_unset=False, multifile=False)
 
+    @rank_zero_only
+    def after_fit(self) -> None:
+        """Say what happened and what to do next."""
+        if self.trainer.state.finished:
+            console = Console(highlight=False)
+            console.print(f"\nTrained for {self.trainer.global_step} steps.")
+            self.print_report(console)
+
+    def print_report(self, console: Console) -> None:
+        """What a run says when it ends."""
+        print_next_steps(self.trainer, self.run, console)
+
 
 class SFTCLI(BaselineCLI):
     """``method: sft``."""
@@ -188,11 +200,10 @@ class ThinkTuningCLI(BaselineCLI):
         parser.add_lightning_class_args(TeacherGuidance, "guidance")
         parser.add_lightning_class_args(BehaviorInjection, "injection")
 
-    @rank_zero_only
-    def after_fit(self) -> None:
-        """Say what happened and what to do next."""
-        if self.trainer.state.finished:
-            print_report(self.trainer, self.run)
+    def print_report(self, console: Console) -> None:
+        """Say what the stages did, too."""
+        print_guidance(self.run, console)
+        super().print_report(console)
 
 
 class PlanCLI(ThinkTuningCLI):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
@@ -205,6 +206,11 @@ class EvaluationModule(LightningModule):
                 )
                 self.stores[cell].append(answered, self.global_rank)
                 self.results[cell] |= {result.id: result for result in answered}
+                items_of_cell = len(self.stores[cell].items)
+                rank_zero_info(
+                    f"{strategy} on {items[0].benchmark}: this process knows "
+                    f"{len(self.results[cell])} of {items_of_cell} results"
+                )
             self._count(cell, [self.results[cell][item.id] for item in items])
 
     def _count(self, cell: tuple[str, str], results: Sequence[ItemResult]) -> None:

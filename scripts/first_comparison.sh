@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# docs/results/comparison: SmolLM2-135M with four prompting strategies, and after a few steps of SFT,
+# STaR, GRPO and ThinkTuning on GSM8K, on five benchmarks.
+#   scripts/first_comparison.sh path/to/gsm8k/train.jsonl path/to/benchmarks
+set -euo pipefail
+cd "$(dirname "$0")/.."
+train=$1 benchmarks=$2 results=docs/results/comparison
+fit() {  # name, configuration, options; a run that is there is left alone
+    local root=runs/first_comparison/$1 config=$2
+    shift 2
+    [ -e "$root/version_0/checkpoints/last.ckpt" ] || .venv/bin/thinktuning fit --config "$config" \
+        --data.source "$train" --trainer.default_root_dir "$root" "$@"
+}
+fit sft $results/sft.yaml
+fit star $results/star.yaml
+fit grpo configs/quickstart.yaml --guidance.gamma.start 0 --trainer.max_steps 8
+fit thinktuning configs/quickstart.yaml --trainer.max_steps 8
+files=()
+for name in gsm8k arc_challenge commonsense_qa strategyqa mmlu_pro; do
+    files+=("$name=$benchmarks/$name.jsonl")
+done
+.venv/bin/thinktuning compare --config $results/compare.yaml \
+    --benchmarks "[$(IFS=,; echo "${files[*]}")]"
+cp -r runs/first_comparison/report/{report.html,report.md,report.csv,plots} $results/
