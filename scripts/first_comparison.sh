@@ -13,8 +13,8 @@ fit() {  # name, configuration, options; a run that is there is left alone
 }
 fit sft $results/sft.yaml
 fit star $results/star.yaml
-fit grpo configs/quickstart.yaml --guidance.gamma.start 0 --trainer.max_steps 8
-fit thinktuning configs/quickstart.yaml --trainer.max_steps 8
+fit grpo configs/quickstart.yaml --guidance.gamma.start 0
+fit thinktuning configs/quickstart.yaml
 files=()
 for name in gsm8k arc_challenge commonsense_qa strategyqa mmlu_pro; do
     files+=("$name=$benchmarks/$name.jsonl")

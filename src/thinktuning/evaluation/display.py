@@ -18,11 +18,11 @@ def print_results(cells: Sequence[Cell], behaviors: Sequence[Behavior], console:
     summaries = [summarise(cell, behaviors) for cell in cells]
     tables = {
         f"{cells[0].model}: accuracy in percent": _accuracy(summaries[0]),
-        "Tokens per response, and outcomes in percent": _outcomes(),
+        "Tokens per response, and outcomes that earn nothing, in percent": _outcomes(),
     }
     if behaviors:
         title = "Responses in percent that show a behavior, by its patterns"
-        tables[title] = {b.name: _behavior_share(b.name) for b in behaviors}
+        tables[title] = {b.name.replace("_", " "): _behavior_share(b.name) for b in behaviors}
     for title, columns in tables.items():
         console.print(_table(title, columns, cells, summaries))
 
@@ -57,7 +57,8 @@ def _pass_at(j: int) -> Callable[[Summary], str]:
 
 def _outcomes() -> Columns:
     columns: dict[str, Callable[[Summary], str]] = {"tokens": lambda s: f"{s.tokens.value:.0f}"}
-    return columns | {outcome.value.replace("_", " "): _share(outcome) for outcome in Outcome}
+    others = [outcome for outcome in Outcome if outcome is not Outcome.CORRECT]
+    return columns | {outcome.value.replace("_", " "): _share(outcome) for outcome in others}
 
 
 def _share(outcome: Outcome) -> Callable[[Summary], str]:
