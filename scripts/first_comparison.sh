@@ -3,13 +3,17 @@
 # STaR, GRPO and ThinkTuning on GSM8K, on five benchmarks.
 #   scripts/first_comparison.sh path/to/gsm8k/train.jsonl path/to/benchmarks
 set -euo pipefail
+train=$(realpath "$1") benchmarks=$(realpath "$2")
 cd "$(dirname "$0")/.."
-train=$1 benchmarks=$2 results=docs/results/comparison
-fit() {  # name, configuration, options; a run that is there is left alone
+results=docs/results/comparison
+fit() {  # name, configuration, options; a finished run is left alone
     local root=runs/first_comparison/$1 config=$2
     shift 2
-    [ -e "$root/version_0/checkpoints/last.ckpt" ] || .venv/bin/thinktuning fit --config "$config" \
+    [ -e "$root/finished" ] && return
+    rm -rf "$root"
+    .venv/bin/thinktuning fit --config "$config" \
         --data.source "$train" --trainer.default_root_dir "$root" "$@"
+    touch "$root/finished"
 }
 fit sft $results/sft.yaml
 fit star $results/star.yaml

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from running import calls, fit_arguments, run, scalars
 
 from thinktuning.cli import main
 from thinktuning.evaluation.records import ItemResult
+from thinktuning.policy import load_model
 from thinktuning.rewards import verify_math
+from thinktuning.trained import load_trained
 from thinktuning.types import Outcome
 
 pytestmark = pytest.mark.slow
@@ -203,15 +206,72 @@ def test_a_checkpoint_answers_as_its_exported_policy(arguments, student, questio
     checkpoint = tmp_path / "fit" / "version_0" / "checkpoints" / "last.ckpt"
     main(["export", f"--ckpt_path={checkpoint}", f"--output={tmp_path / 'exported'}"])
     for root, model in (
-        (tmp_path / "a", ("--model.pretrained=null", f"--ckpt_path={checkpoint}")),
+        (tmp_path / "a", ("--model.pretrained=embedded", f"--ckpt_path={checkpoint}")),
         (tmp_path / "b", (f"--model.pretrained={tmp_path / 'exported'}",)),
     ):
         root.mkdir()
         main(arguments(root, *model))
     assert items(tmp_path / "a").read_bytes() == items(tmp_path / "b").read_bytes()
     other = tiny.save(tmp_path / "other", "qwen2")
-    with pytest.raises(SystemExit, match="doesn't fit the base model"):
-        main(arguments(tmp_path, f"--model.pretrained={other}", f"--ckpt_path={checkpoint}"))
+    with pytest.raises(SystemExit, match=r"doesn't fit the base model .*--model\.base of test"):
+        main(arguments(tmp_path, f"--model.base={other}", f"--ckpt_path={checkpoint}"))
+
+
+def test_a_checkpoint_in_bfloat16_is_the_exported_policy_in_bfloat16(student, questions, tmp_path):
+    main(fit_arguments(student(), questions, tmp_path, "--trainer.max_steps=1"))
+    checkpoint = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
+    main(["export", f"--ckpt_path={checkpoint}", f"--output={tmp_path / 'exported'}"])
+    found = load_trained(checkpoint, dtype=torch.bfloat16).model
+    expected = load_model(str(tmp_path / "exported"), torch.bfloat16)
+    row = torch.arange(5, 80)[None]
+    torch.testing.assert_close(found(row).logits, expected(row).logits, rtol=0, atol=0)
+
+
+def test_results_follow_the_judge(arguments, tmp_path):
+    main(arguments(tmp_path))
+    path = items(tmp_path)
+    judged, asked = path.read_bytes(), calls(tmp_path / "calls")
+    path.write_bytes(judged.replace(b'"outcome": "correct"', b'"outcome": "wrong"'))
+    main(arguments(tmp_path))
+    assert path.read_bytes() != judged, "the same judge isn't asked again"
+    (path.parent / "judge").write_text("an older one")
+    main(arguments(tmp_path))
+    assert path.read_bytes() == judged
+    assert calls(tmp_path / "calls") == asked
+
+
+def test_a_rank_may_have_nothing_to_ask(arguments, questions, tmp_path):
+    runs = tmp_path / "runs.json"
+    more = (
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        "--data.limit=3",
+        "--data.batch_size=9",
+    )
+    runs.write_text(
+        json.dumps([arguments(tmp_path, f"--data.benchmarks=[gsm8k={questions}]", *more)])
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    done = run([*launch, str(Path(__file__).parent / "ranks.py"), str(runs)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(results(items(tmp_path))) == 3
+
+
+def test_vllm_answers_as_transformers_does(arguments, student, tmp_path):
+    small = student(max_position_embeddings=2048, width=64, heads=2)  # what vLLM wants on CPUs
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for root in (ours, theirs):
+        root.mkdir()
+    model = f"--model.pretrained={small}"
+    main(arguments(ours, ALL, model))
+    settings = [a for a in arguments(theirs, ALL, model) if not a.startswith("--engine")]
+    engine = ["--engine=thinktuning.engines.VLLMEngine", "--engine.max_model_len=2048"]
+    more = [*settings, *engine, "--engine.kv_cache_gib=0.25"]
+    done = run([sys.executable, "-m", "thinktuning.cli", *more])
+    assert done.returncode == 0, done.stderr[-2000:]
+    for strategy in ("zero_shot", "self_verify", "self_correct", "s1_budget"):
+        where = "gsm8k", strategy
+        assert items(ours, *where).read_bytes() == items(theirs, *where).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -221,8 +281,16 @@ def test_a_checkpoint_answers_as_its_exported_policy(arguments, student, questio
         (["--data.benchmarks=[gsm9k,mmlu]"], r"(?s)'gsm9k' is unknown.*'mmlu' is unknown"),
         (["--data.benchmarks=[gsm8k=/nowhere.jsonl]"], r"there is no file '/nowhere\.jsonl'"),
         (["--model.pretrained=null"], r"give model\.pretrained, or --ckpt_path"),
+        (
+            ["--engine=thinktuning.engines.TransformersEngine", "--engine.pretrained=embedded"],
+            r"leave out engine\.pretrained",
+        ),
+        (["--trainer.strategy=fsdp2"], r"use trainer\.strategy ddp"),
+        (["--model.attention=flash_attention_2"], r"cannot load the model"),
+        (["--model.max_new_tokens=1020"], r"1024 positions .* 7 of 7 items of gsm8k"),
+        (["--trainer.limit_test_batches=1"], r"has 2 of 7 results"),
         (["--ckpt_path=/nowhere.ckpt"], r"there is no checkpoint '/nowhere\.ckpt'"),
-        (["--ckpt_path=last"], r"there is no checkpoint 'last'"),
+        (["--ckpt_path=last"], r"there is no checkpoint 'last'; give the path"),
         (["--model.samples=0", "--model.budget=0"], r"samples must be.*budget must be"),
         (["--model.samples=4"], r"samples=4 at temperature 0"),
         (["--data.batch_size=0", "--data.limit=0"], r"limit must be.*batch_size must be"),
@@ -238,8 +306,17 @@ def test_faults_are_told_in_a_few_lines(arguments, tmp_path, more, message):
 
 
 def test_an_evaluation_has_nothing_to_fit(arguments, tmp_path):
-    with pytest.raises(SystemExit, match=r"fit"):
+    with pytest.raises(SystemExit, match=r"method evaluation has only test"):
         main(["fit", *arguments(tmp_path)[1:]])
+
+
+def test_a_method_by_a_flag_and_another_by_a_file(tmp_path):
+    (tmp_path / "sft.yaml").write_text("method: sft\n")
+    file = f"--config={tmp_path / 'sft.yaml'}"
+    with pytest.raises(SystemExit, match=r"method is evaluation by one flag or file and sft by"):
+        main(["test", "--method=evaluation", file, "--data.benchmarks=[gsm8k]"])
+    with pytest.raises(SystemExit, match=r"plan is for method thinktuning, got sft"):
+        main(["plan", file])
 
 
 # ------------------------------------------------------------------------------- compare
@@ -306,7 +383,7 @@ def test_a_comparison_runs_what_is_missing_and_reports_all(comparison, tmp_path,
         ({"evaluation": "/nowhere.yaml", "strategies": ["guess"]}, "(?s)/nowhere.*'guess'"),
         (
             {"models": [{"name": "a"}, {"name": "a", "checkpoint": "/nowhere.ckpt"}]},
-            "(?s)two models have the name 'a'.*needs pretrained or checkpoint.*no checkpoint",
+            "(?s)two models have the name 'a'.*either pretrained or checkpoint.*no checkpoint",
         ),
         ({"models": [{"name": "a", "pretrained": "/nowhere"}]}, "evaluation of 'a' failed"),
     ],

@@ -77,7 +77,10 @@ def main(args: list[str] | None = None) -> None:
                 functions[command], args=rest, as_positional=False, prog=f"thinktuning {command}"
             )
             return
+        method = _method(rest)
         if command == "plan":
+            if method != "thinktuning":
+                raise InputError(f"plan is for method thinktuning, got {method}")
             wiring.PlanCLI(
                 ThinkTuningModule,
                 GSM8KDataModule,
@@ -88,7 +91,9 @@ def main(args: list[str] | None = None) -> None:
                 parser_kwargs={"description": _PLAN_DESCRIPTION, "prog": "thinktuning plan"},
             )
             return
-        cli, module, data, callbacks = _METHODS[_method(rest)]
+        cli, module, data, callbacks = _METHODS[method]
+        if command in ("fit", "validate", "test") and command not in cli.subcommands():
+            raise InputError(f"method {method} has only {', '.join(cli.subcommands())}")
         cli(
             module,
             data,
@@ -106,12 +111,12 @@ def main(args: list[str] | None = None) -> None:
 def _method(args: list[str]) -> wiring.Method:
     """The method that a command line asks for, by a flag or in its last file that names one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    parser.add_argument("--method")
+    parser.add_argument("-c", "--config", action="append", default=[], nargs="?")
+    parser.add_argument("--method", nargs="?")
     known, _ = parser.parse_known_args(args)
-    named = [_named_in(Path(file)) for file in known.config]
+    named = [_named_in(Path(file)) for file in known.config if file]
     method = known.method or next((m for m in reversed(named) if m is not None), "thinktuning")
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise InputError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
     return method
 

@@ -14,7 +14,7 @@ from thinktuning import runs
 from thinktuning.errors import InputError
 from thinktuning.model_card import Exported, model_card
 from thinktuning.policy import end_of_turn_ids, load_tokenizer
-from thinktuning.trained import load_trained
+from thinktuning.trained import load_trained, read_training
 
 
 def export(
@@ -44,17 +44,20 @@ def export(
     path, folder = Path(ckpt_path), Path(output).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{output!r} exists and isn't an empty folder; choose another --output")
-    trained = load_trained(path, base, merged=not adapter)
-    if adapter and trained.lora is None:
+    training = read_training(path)
+    if adapter and training.lora is None:
         raise InputError(f"{ckpt_path!r} has no LoRA to write as an adapter; leave out --adapter")
-    exported = Exported(folder.name, trained.pretrained, trained.step, trained.lora, adapter, dtype)
+    trained = load_trained(path, base, merged=not adapter, dtype=getattr(torch, dtype))
+    exported = Exported(
+        folder.name, training.pretrained, training.step, training.lora, adapter, dtype
+    )
     _write(
         folder,
-        trained.model.to(getattr(torch, dtype)),
+        trained.model.to(getattr(torch, dtype)),  # adapters are float32 until here
         load_tokenizer(trained.source),
         model_card(exported, runs.run_of(path)),
     )
-    print(f"wrote the policy after {trained.step} steps to {output}")
+    print(f"wrote the policy after {training.step} steps to {output}")
 
 
 def _write(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, card: str) -> None:

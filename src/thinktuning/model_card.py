@@ -108,7 +108,8 @@ def _metadata(exported: Exported, config: Mapping[str, Any] | None) -> dict[str,
         metadata["base_model"] = base
     metadata["library_name"] = "peft" if exported.adapter else "transformers"
     metadata["pipeline_tag"] = "text-generation"
-    method = "grpo" if config is None or config["method"] not in _BASELINES else config["method"]
+    noted = None if config is None else config.get("method")  # older runs note none
+    method = noted if noted in _BASELINES else "grpo"
     metadata["tags"] = ["thinktuning", method, *([] if exported.lora is None else ["lora"])]
     if config is not None and _is_hub_id(config["data"]["source"]):
         metadata["datasets"] = [config["data"]["source"]]
@@ -142,11 +143,11 @@ def _summary(exported: Exported, config: Mapping[str, Any] | None) -> str:
 
 def _data(data: Mapping[str, Any]) -> str:
     limit = "" if data["limit"] is None else f", {data['limit']} of its questions"
-    return f"`{data['source']}`{limit}; questions per step: {data['batch_size']}"
+    return f"`{data['source']}`{limit}; batches of {data['batch_size']}"
 
 
 def _method(config: Mapping[str, Any]) -> str:
-    if config["method"] in _BASELINES:
+    if config.get("method") in _BASELINES:
         return _BASELINES[config["method"]]
     groups = f"GRPO on groups of {config['model']['group_size']} answers"
     guidance = config["guidance"]

@@ -127,9 +127,6 @@ class ThinkTuningModule(PolicyModule):
         with without_adapters(self.policy):
             yield self.policy
 
-    def _fitting(self) -> bool:
-        return self.trainer.state.fn == "fit"
-
     def _needs_reference(self) -> bool:
         return self.objective.kl_coef > 0 or any(c.needs_reference() for c in self._stages())
 

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from thinktuning.callbacks.base import StageObserver
-from thinktuning.engines import Completion, Engine, SamplingParams, derive_seed
+from thinktuning.engines import Completion, Engine, SamplingParams, derive_seed, own_weights
 from thinktuning.errors import InputError
 from thinktuning.metrics import StepMetrics
 from thinktuning.policy import (
@@ -29,6 +29,7 @@ from thinktuning.policy import (
     shard,
     with_adapters,
 )
+from thinktuning.resuming import begin_new_epoch
 from thinktuning.rewards import verify_math
 from thinktuning.strategy import FSDP2Strategy, check_strategy
 from thinktuning.types import Outcome, Prompt, Rollout
@@ -71,11 +72,8 @@ class PolicyModule(LightningModule):
         ]
         if max_grad_norm is not None and max_grad_norm <= 0:
             faults.append(f"max_grad_norm must be positive or null, got {max_grad_norm}")
-        if getattr(engine, "pretrained", None) is not None:
-            faults.append(
-                "its engine samples from the trained weights: leave out engine.pretrained, "
-                "which is for a teacher (guidance.teacher)"
-            )
+        if (fault := own_weights(engine)) is not None:
+            faults.append(fault)
         if faults:
             raise InputError("model: " + "; ".join(faults))
         self.automatic_optimization = False
@@ -165,22 +163,16 @@ class PolicyModule(LightningModule):
                 f"cuts as well, or trainer.strategy ddp"
             )
         warmup = self.warmup_steps
-        # Stepped once a rollout batch; the first batch already learns.
+        # Stepped once a batch; the first batch already learns.
         scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_train_start(self) -> None:
-        """Begin a new epoch where the checkpoint was made at the end of one.
+        """Begin a new epoch where the checkpoint was made at the end of one."""
+        begin_new_epoch(self.trainer)
 
-        Lightning would take it for a part of the old one: it wouldn't count it, so that a resume
-        from its checkpoints would repeat data, and would end it early where it is longer.
-        """
-        loop = self.trainer.fit_loop
-        epochs: Any = loop.epoch_progress.current
-        if epochs.started == epochs.processed:
-            loop.epoch_loop._batches_that_stepped = self.global_step
-            for each in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
-                each.on_iteration_done()
+    def _fitting(self) -> bool:
+        return self.trainer.state.fn == "fit"
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Everything but the frozen weights, which are loaded anew."""

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,9 +36,9 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of the checkout that this code lies in; empty where it lies in none."""
+    """What git says of the checkout that this code lies in; empty where there is none."""
     folder = Path(__file__).parents[2]
-    if not (folder / ".git").exists():
+    if not (folder / ".git").exists() or shutil.which("git") is None:
         return ""
     done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
     return done.stdout.strip()

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from thinktuning.checkpointing import AtomicCheckpointIO
+from thinktuning.checkpointing import AtomicCheckpointIO, read_file, read_meta
 from thinktuning.errors import InputError
 from thinktuning.policy import (
     LoraSettings,
@@ -22,67 +23,96 @@ _POLICY = "policy."
 
 
 @dataclass(frozen=True)
+class Training:
+    """What a checkpoint says of the training that made it.
+
+    Attributes:
+        pretrained: The base model's name in training.
+        step: Batches that the policy was trained on.
+        lora: How it was trained; None: all weights.
+    """
+
+    pretrained: str
+    step: int
+    lora: LoraSettings | None
+
+
+@dataclass(frozen=True)
 class Trained:
     """A trained policy.
 
     Attributes:
         model: A Transformers model, or peft's around one.
-        pretrained: The base model's name in training.
         source: Where the base model lies now: hub id or absolute folder.
-        step: Batches that it was trained on.
-        lora: How it was trained; None: all weights.
+        training: What made it.
     """
 
     model: Any
-    pretrained: str
     source: str
-    step: int
-    lora: LoraSettings | None
+    training: Training
 
 
-def load_trained(path: Path, base: str | None = None, merged: bool = True) -> Trained:
-    """Load the policy of a checkpoint, in float32.
+def read_training(path: Path) -> Training:
+    """Look into a checkpoint of ``thinktuning fit``, a file or a folder, without its tensors.
+
+    Raises:
+        InputError: If it isn't there or isn't ours.
+    """
+    if not path.exists():
+        raise InputError(
+            f"there is no checkpoint {str(path)!r}; give the path of one, such as "
+            f"runs/gsm8k/version_0/checkpoints/last.ckpt"
+        )
+    checkpoint = read_meta(path) if path.is_dir() else read_file(path, mmap=True)
+    if "pretrained" not in checkpoint:
+        raise InputError(f"{str(path)!r} was not written by `thinktuning fit`")
+    lora = None if checkpoint.get("lora") is None else LoraSettings(**checkpoint["lora"])
+    return Training(checkpoint["pretrained"], checkpoint["global_step"], lora)
+
+
+def load_trained(
+    path: Path,
+    base: str | None = None,
+    merged: bool = True,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+) -> Trained:
+    """Load the policy of a checkpoint.
 
     Args:
         path: A checkpoint of ``thinktuning fit``, a file or a folder.
         base: Where the base model lies now, if that isn't where it lay in training.
         merged: Merge a LoRA into the base model's weights.
+        dtype: Of the model's weights; adapters that aren't merged, and their base, are float32.
+        attention: Transformers' ``attn_implementation``.
 
     Raises:
         InputError: If the checkpoint isn't there, isn't ours, or doesn't fit its base model.
     """
-    if not path.exists():
-        raise InputError(f"there is no checkpoint {str(path)!r}")
+    training = read_training(path)
+    lora = training.lora
     checkpoint = AtomicCheckpointIO().load_checkpoint(path)
-    if "pretrained" not in checkpoint:
-        raise InputError(f"{str(path)!r} was not written by `thinktuning fit`")
-    lora = None if checkpoint.get("lora") is None else LoraSettings(**checkpoint["lora"])
     trained = {
         name.removeprefix(_POLICY): weight
         for name, weight in checkpoint["state_dict"].items()
         if name.startswith(_POLICY)
     }
-    source = _located(base or checkpoint["pretrained"])
+    source = _located(base or training.pretrained)
+    # Loaded in its dtype and not cast to it, which would round more than weights: RoPE's angles.
+    plain = load_model(source, dtype if lora is None or merged else torch.float32, attention)
+    if lora is None or not merged:
+        return Trained(_policy(trained, plain, source, lora), source, training)
     # Adapters were fitted to the numbers that a base in few bits stands for.
-    held = load_base(source, lora.base if lora is not None and merged else "float32")
-    model = _policy(trained, held, source, lora)
-    if lora is not None and merged:
-        model = _merged(model, source)
-    return Trained(model, checkpoint["pretrained"], source, checkpoint["global_step"], lora)
+    adapted = _policy(trained, load_base(source, lora.base), source, lora)
+    loaded = plain.load_state_dict(dict(named_weights(adapted, tied=True)), strict=False)
+    assert not loaded.unexpected_keys, f"weights that the plain model lacks: {loaded}"
+    return Trained(plain, source, training)
 
 
 def _located(name: str) -> str:
     """A local folder by its whole path, which an adapter's configuration keeps."""
     name = resolve(name)
     return str(Path(name).absolute()) if Path(name).is_dir() else name
-
-
-def _merged(model: Any, source: str) -> Any:
-    """A plain model with the adapters in its weights."""
-    plain = load_model(source)
-    loaded = plain.load_state_dict(dict(named_weights(model, tied=True)), strict=False)
-    assert not loaded.unexpected_keys, f"weights that the plain model lacks: {loaded}"
-    return plain
 
 
 def _policy(
@@ -101,8 +131,8 @@ def _policy(
         raise InputError(
             f"the checkpoint doesn't fit the base model {source!r}: {len(misfits)} weights differ, "
             f"e.g. {misfits[0]!r} is {_shape(trained, misfits[0]) or 'missing'} in the checkpoint "
-            f"and {_shape(expected, misfits[0]) or 'missing'} in the model; say with --base where "
-            f"the model lies that it was trained from"
+            f"and {_shape(expected, misfits[0]) or 'missing'} in the model; say where the model "
+            f"lies that it was trained from: --base of export, --model.base of test"
         )
     model.load_state_dict(trained, strict=lora is None)
     return model

@@ -65,7 +65,7 @@ class Update(ABC):
         """Loss of a micro-batch, from its logprobs and token weights."""
 
     def trained_rows(self, mini: PolicyInputs) -> PolicyInputs:
-        """The rows of an optimizer step that have a gradient; the weights of others stay."""
+        """The rows that are computed; their token weights count the others of the step too."""
         return mini
 
     def observe(self, micro: PolicyInputs, scores: TokenScores, output: LossOutput) -> None:
@@ -256,6 +256,7 @@ class PolicyUpdate(Update):
             means[name.replace("_", "/")] = means.pop(f"objective/{name}")
         means["shaping/gradient_share"] = Mean(signal[micro.injected_mask].sum(), signal.sum())
         self.metrics.add(means)
+        assert output.weight_max is not None
         self.metrics.peak("shaping/weight", output.weight_max)
         if micro.old_logprobs is None:  # this update's own are those of the weights that sampled
             self._compare(scores.logprobs, micro)

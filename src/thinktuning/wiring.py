@@ -36,9 +36,11 @@ class _Parser(LightningArgumentParser):
     """Says what is wrong in a few lines, without the usage of some two hundred options."""
 
     manual = "thinktuning fit --help"
+    ratios = False
+    """Whether what is sampled is trained on by its probability."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if re.search(r"\btop_[pk]\b", message):
+        if self.ratios and re.search(r"\btop_[pk]\b", message):
             message += (
                 "\ntop-p and top-k would cut off the support of the policy, and its ratio to the "
                 "sampler would be wrong: use model.temperature"
@@ -56,6 +58,7 @@ class MethodCLI(LightningCLI):
         verbs = self.subcommands()
         usage = f"thinktuning {{{','.join(verbs)}}} [-c FILE]... [--SECTION.OPTION VALUE]..."
         parser = _Parser(usage=usage, **kwargs)
+        parser.ratios = self.method == "thinktuning"
         if self.method != "thinktuning":
             parser.manual = f"thinktuning {next(iter(verbs))} --method {self.method} --help"
         parser.add_argument(
@@ -76,6 +79,23 @@ class MethodCLI(LightningCLI):
         )
         parser.link_arguments("engine", "model.engine", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
+
+    def before_instantiate_classes(self) -> None:
+        """The options are those of one method, whatever another file or flag has said."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.method != self.method:
+            raise InputError(
+                f"method is {self.method} by one flag or file and {config.method} by another; "
+                f"name one"
+            )
+
+    @rank_zero_only
+    def _keep_config(self, run: Path) -> None:
+        """Save the configuration of a start beside what it makes."""
+        run.mkdir(parents=True, exist_ok=True)
+        verb = self.subcommand
+        config = runs.config_path(run)
+        self._parser(verb).save(self.config[verb], config, skip_unset=False, multifile=False)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint's hyperparameters override the configuration."""
@@ -152,12 +172,9 @@ class BaselineCLI(MethodCLI):
             )
         return Path(wanted)
 
-    @rank_zero_only
     def before_fit(self) -> None:
-        """Keep the configuration of every start beside what it made."""
-        self.run.mkdir(parents=True, exist_ok=True)
-        parser, config = self._parser("fit"), self.config["fit"]
-        parser.save(config, runs.config_path(self.run), skip_unset=False, multifile=False)
+        """Keep the configuration of every start."""
+        self._keep_config(self.run)
 
     @rank_zero_only
     def after_fit(self) -> None:
@@ -219,8 +236,6 @@ class PlanCLI(ThinkTuningCLI):
 
     def instantiate_classes(self) -> None:
         """Plan instead."""
-        if self.config.method != "thinktuning":
-            raise InputError(f"plan is for method thinktuning, got {self.config.method}")
         options = PlanOptions(**{f.name: self.config[f.name] for f in fields(PlanOptions)})
         print_plan(make_plan(read_job(self.config, options)), options, Console())
 
@@ -243,6 +258,7 @@ class EvaluationCLI(MethodCLI):
 
     def before_instantiate_classes(self) -> None:
         """``--ckpt_path`` is the module's to load: its base model and adapters are noted in it."""
+        super().before_instantiate_classes()
         config = self.config[self.subcommand]
         config.verbose = False  # our own tables say more
         if config.ckpt_path is not None:
@@ -255,12 +271,9 @@ class EvaluationCLI(MethodCLI):
         kwargs = self._logging_into(self.run, kwargs)
         return super().instantiate_trainer(**kwargs, enable_checkpointing=False)
 
-    @rank_zero_only
     def before_test(self) -> None:
         """Keep the configuration beside the numbers."""
-        self.run.mkdir(parents=True, exist_ok=True)
-        parser, config = self._parser("test"), self.config["test"]
-        parser.save(config, runs.config_path(self.run), skip_unset=False, multifile=False)
+        self._keep_config(self.run)
 
     @rank_zero_only
     def after_test(self) -> None:

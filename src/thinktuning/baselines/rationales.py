@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from thinktuning.engines import derive_seed
+from thinktuning.errors import InputError
 from thinktuning.types import Prompt
 
 
@@ -67,11 +68,20 @@ class RationaleLoader:
             yield [self.rationales[i] for i in rows[self.rank :: self.world_size]]
 
     def state_dict(self) -> dict[str, int]:
-        """Rationales served."""
-        return {"position": self.position}
+        """Rationales served, and of how many."""
+        return {"position": self.position, "number": len(self.order)}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on behind the rationales that ``state`` counts."""
+        """Go on behind the rationales that ``state`` counts.
+
+        Raises:
+            InputError: If the round has become another one.
+        """
+        if state["number"] != len(self.order):
+            raise InputError(
+                f"the checkpoint's round serves {state['number']} rationales, this one "
+                f"{len(self.order)}: give data.passes and the ranks that it was made with"
+            )
         self.position = state["position"]
 
 

@@ -7,7 +7,8 @@ Zelikman et al. 2022, arXiv 2203.14465. An epoch of the trainer is a round:
 3. It begins again from the base weights and is trained on what was kept, without the hint.
 
 How it differs from the paper: a round makes ``data.passes`` passes over what it kept, where the
-paper fixes a number of steps that grows by a fifth every round.
+paper fixes a number of steps that grows by a fifth every round; and the student sees no worked
+rationales, unless ``data.examples`` has some.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +53,7 @@ class STaRDataModule(GSM8KDataModule):
         self,
         tokenizer: str,
         passes: int = 1,
-        hint: str = "Hint: the final answer is {answer}.",
+        hint: str = r"Hint: the final answer is \boxed{{answer}}.",
         **kwargs: Any,
     ) -> None:
         super().__init__(tokenizer, **kwargs)
@@ -133,7 +134,7 @@ class STaRModule(SupervisedModule):
         if hasattr(self, "policy"):
             return
         super().configure_model()
-        if self.trainer.state.fn == "fit":
+        if self._fitting():
             self._base = {
                 name: _own_part(weight).to("cpu", copy=True) for name, weight in self._trained()
             }
@@ -165,7 +166,7 @@ class STaRModule(SupervisedModule):
         """Keep the saved rationales until the questions are asked for."""
         super().on_load_checkpoint(checkpoint)
         self._saved = checkpoint.get(_STATE)
-        if self._saved is None and self.trainer.state.fn == "fit":
+        if self._saved is None and self._fitting():
             raise InputError(
                 "the checkpoint has no rationales, so STaR can't go on from it: it was made by "
                 "another method; give one of a STaR run, or leave out --ckpt_path"

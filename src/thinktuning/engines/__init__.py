@@ -1,6 +1,6 @@
 """Engines: token ids in, sampled token ids and their logprobs out."""
 
-from thinktuning.engines.base import Completion, Engine, SamplingParams
+from thinktuning.engines.base import Completion, Engine, SamplingParams, own_weights
 from thinktuning.engines.openai import OpenAIEngine
 from thinktuning.engines.seeding import derive_seed
 from thinktuning.engines.server import VLLMServerEngine
@@ -16,4 +16,5 @@ __all__ = [
     "VLLMEngine",
     "VLLMServerEngine",
     "derive_seed",
+    "own_weights",
 ]

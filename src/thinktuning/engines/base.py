@@ -103,6 +103,11 @@ class Engine(Teacher):
         """Tokens that a prompt and its completion may have together; None: no limit is known."""
 
     @property
+    def numerics(self) -> str:
+        """What its completions depend on beside the weights: its kind, and how it computes."""
+        return type(self).__name__
+
+    @property
     def identity(self) -> str:
         """Kind of engine, model, revision and precision."""
         return f"{type(self).__name__} {self._identity}"
@@ -143,6 +148,16 @@ class Engine(Teacher):
         self._tokenizer = tokenizer
         self._stop_ids = end_of_turn_ids(tokenizer, model.generation_config)
         self._identity = model_identity(model)
+
+
+def own_weights(engine: Engine) -> str | None:
+    """What is wrong with an engine that is to sample from a module's weights; None if nothing."""
+    if engine.pretrained is None:
+        return None
+    return (
+        "its engine samples from the module's weights: leave out engine.pretrained, which is for a "
+        "teacher (guidance.teacher)"
+    )
 
 
 def model_identity(model: PreTrainedModel) -> str:

@@ -94,6 +94,11 @@ class VLLMEngine(Engine):
         self._asleep = False
         self._can_sleep = False
 
+    @property
+    def numerics(self) -> str:
+        """Kind, dtype and vLLM's further arguments."""
+        return f"{type(self).__name__} {self.dtype} {self.options}"
+
     def start(self) -> None:
         """Start vLLM on the teacher's own weights."""
         if self.pretrained is None or self._llm is not None:

@@ -18,7 +18,8 @@ from thinktuning.evaluation.store import read_cell
 from thinktuning.evaluation.strategies import check_strategies
 from thinktuning.evaluation.summary import Cell
 from thinktuning.provenance import provenance
-from thinktuning.teaching import load_behaviors
+from thinktuning.teaching import Behavior, load_behaviors
+from thinktuning.trained import read_training
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,15 @@ class ComparedModel:
     Attributes:
         name: How the report calls it.
         pretrained: Hub id, folder, or embedded.
-        checkpoint: Of a training run, instead or on top of it.
+        checkpoint: Of a training run, instead.
+        base: Where the checkpoint's base model lies now, if that isn't where it lay in training.
         strategies: Where they differ from the comparison's.
     """
 
     name: str
     pretrained: str | None = None
     checkpoint: str | None = None
+    base: str | None = None
     strategies: list[str] | None = None
 
 
@@ -50,8 +53,8 @@ def compare(
 ) -> None:
     """Evaluate what is missing, and write report.html, report.md and report.csv.
 
-    Every model is evaluated in a process of its own. One that fails leaves what is finished; the
-    same command goes on where it stopped.
+    Every model is evaluated in a process of its own. Where one fails, the report is of the others,
+    and the same command goes on where it stopped.
 
     Args:
         models: To be compared.
@@ -61,26 +64,46 @@ def compare(
         behaviors: Whose patterns are counted in the responses.
         baseline: MODEL/STRATEGY that others are compared with; null is the first.
         paper: Show the paper's own figures too, as the paper's.
-        output: Folder of the reports, and of the results in its folder cells.
+        output: Folder of the reports. Results lie where the evaluation's model.cells says.
 
     Raises:
-        InputError: Naming all that is wrong before anything is evaluated; or if an evaluation
-            failed.
+        InputError: Naming all that is wrong before anything is evaluated; or, in the end, the
+            evaluations that failed.
     """
     _check(models, evaluation, strategies, benchmarks, baseline)
     counted = load_behaviors(behaviors)
     cells: list[Cell] = []
+    failed: list[str] = []
     for model in models:
         print(f"{model.name}: {', '.join(model.strategies or strategies)}", flush=True)
         root = Path(output) / "runs" / _folder_name(model.name)
-        _evaluate(model, evaluation, model.strategies or strategies, benchmarks, root, output)
+        if not _evaluate(model, evaluation, model.strategies or strategies, benchmarks, root):
+            failed.append(model.name)
+            continue
         index = json.loads((runs.versions(root)[-1] / runs.CELLS).read_text(encoding="utf-8"))
         cells += [read_cell(model.name, Path(c["folder"]), c["items"]) for c in index]
+    if cells:
+        _report(cells, Path(output), baseline, counted, paper)
+    if failed:
+        raise InputError(
+            f"the evaluation of {', '.join(failed)} failed, see above; the report is of the "
+            f"others. What is finished is kept, and the same command goes on behind it"
+        )
+
+
+def _report(
+    cells: Sequence[Cell],
+    output: Path,
+    baseline: str | None,
+    behaviors: Sequence[Behavior],
+    paper: bool,
+) -> None:
     made = provenance() | {
         "command": shlex.join(["thinktuning", *sys.argv[1:]]),
         "date": date.today().isoformat(),
     }
-    write_report(cells, Path(output), baseline, counted, paper, made)
+    there = {f"{cell.model}/{cell.strategy}" for cell in cells}
+    write_report(cells, output, baseline if baseline in there else None, behaviors, paper, made)
     print(f"wrote {output}/report.html, report.md and report.csv")
 
 
@@ -115,10 +138,13 @@ def _faults(models: Sequence[ComparedModel], evaluation: str) -> Iterator[str]:
     for name in sorted({n for n in folders if folders.count(n) > 1}):
         yield f"two models have the name {name!r}"
     for model in models:
-        if model.pretrained is None and model.checkpoint is None:
-            yield f"model {model.name!r} needs pretrained or checkpoint"
-        if model.checkpoint is not None and not Path(model.checkpoint).exists():
-            yield f"model {model.name!r}: there is no checkpoint {model.checkpoint!r}"
+        if (model.pretrained is None) == (model.checkpoint is None):
+            yield f"model {model.name!r} needs either pretrained or checkpoint"
+        if model.checkpoint is not None:
+            try:
+                read_training(Path(model.checkpoint))
+            except InputError as error:
+                yield f"model {model.name!r}: {error}"
     if not Path(evaluation).is_file():
         yield f"there is no configuration {evaluation!r}"
 
@@ -133,15 +159,14 @@ def _evaluate(
     strategies: Sequence[str],
     benchmarks: Sequence[str] | None,
     root: Path,
-    output: str,
-) -> None:
-    """Run `thinktuning test`, which asks only what hasn't been answered."""
+) -> bool:
+    """Run `thinktuning test`, which asks only what hasn't been answered; whether it succeeded."""
     settings = {
         "--model.pretrained": model.pretrained,
         "--model.checkpoint": model.checkpoint,
+        "--model.base": model.base,
         "--model.label": model.name,
         "--model.strategies": list(strategies),
-        "--model.cells": str(Path(output) / "cells"),
         "--trainer.default_root_dir": str(root),
     }
     if benchmarks is not None:
@@ -153,9 +178,4 @@ def _evaluate(
     ]
     command = [sys.executable, "-m", "thinktuning.cli", "test", "--config", evaluation, *options]
     # In a process of its own: one engine of vLLM cannot follow another one in the same process.
-    status = subprocess.run(command).returncode
-    if status:
-        raise InputError(
-            f"the evaluation of {model.name!r} failed with exit status {status}, see above; what "
-            f"is finished is kept, and the same command goes on behind it"
-        )
+    return subprocess.run(command).returncode == 0

@@ -55,7 +55,8 @@ class BenchmarkDataModule(LightningDataModule):
         ]
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        return ItemLoader(batches[rank::world_size])
+        # A rank without any batch would leave the others waiting at the end of the loop.
+        return ItemLoader(batches[rank::world_size] or [[]])
 
     def transfer_batch_to_device(
         self, batch: list[Item], device: torch.device, dataloader_idx: int

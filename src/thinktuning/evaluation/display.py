@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from thinktuning.evaluation.statistics import Estimate
 from thinktuning.evaluation.summary import Cell, Summary, summarise
@@ -72,7 +73,7 @@ def _behavior_share(name: str) -> Callable[[Summary], str]:
 def _table(
     title: str, columns: Columns, cells: Sequence[Cell], summaries: Sequence[Summary]
 ) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for name in ("benchmark", "strategy"):
         table.add_column(name, no_wrap=True)
     for name in columns:

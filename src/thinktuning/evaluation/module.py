@@ -14,20 +14,27 @@ from torch import nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
-from thinktuning.engines import Engine, TransformersEngine
+from thinktuning.engines import Engine, TransformersEngine, own_weights
 from thinktuning.engines.base import revision
 from thinktuning.errors import InputError
 from thinktuning.evaluation.data import BenchmarkDataModule
 from thinktuning.evaluation.display import scalars
 from thinktuning.evaluation.prompts import PromptTexts
 from thinktuning.evaluation.records import Item, ItemResult
-from thinktuning.evaluation.sampling import SamplingSettings, run_strategy
+from thinktuning.evaluation.sampling import SamplingSettings, check_room, run_strategy
 from thinktuning.evaluation.store import CellSettings, CellStore, read_cell
 from thinktuning.evaluation.strategies import TEXTS, check_strategies
 from thinktuning.evaluation.summary import Cell, summarise
-from thinktuning.policy import end_of_turn_ids, load_model, load_tokenizer, resolve
+from thinktuning.policy import (
+    end_of_turn_ids,
+    load_model,
+    load_tokenizer,
+    read_config,
+    resolve,
+)
+from thinktuning.strategy import FSDP2Strategy
 from thinktuning.teaching import load_behaviors
-from thinktuning.trained import load_trained
+from thinktuning.trained import load_trained, read_training
 from thinktuning.types import Outcome
 
 BEHAVIORS = ("self_conflict", "self_critique", "self_agreement", "self_consultancy")
@@ -40,10 +47,10 @@ class EvaluationModule(LightningModule):
     item, and an item that has been answered under the same settings isn't asked again.
 
     Args:
-        pretrained: The model: hub id, local folder, or embedded. With a checkpoint: where the model
-            lies that it was trained from; null is where it lay in training.
-        checkpoint: Of ``thinktuning fit``, a file or a folder; null evaluates ``pretrained``. The
-            command line's --ckpt_path.
+        pretrained: The model: hub id, local folder, or embedded; not read if there is a checkpoint.
+        checkpoint: Of ``thinktuning fit``, a file or a folder, to be evaluated instead. The command
+            line's --ckpt_path.
+        base: Where the model lies that the checkpoint was trained from; null is where it lay then.
         label: How reports call the model; null is its name.
         strategies: Of zero_shot, self_verify, self_correct, s1_budget.
         engine: Samples the answers.
@@ -67,6 +74,7 @@ class EvaluationModule(LightningModule):
         self,
         pretrained: str | None = None,
         checkpoint: str | None = None,
+        base: str | None = None,
         label: str | None = None,
         strategies: Sequence[str] = ("zero_shot",),
         engine: Engine = lazy_instance(TransformersEngine),  # noqa: B008
@@ -82,32 +90,40 @@ class EvaluationModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if pretrained is None and checkpoint is None:
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.trained_by = None if self.checkpoint is None else read_training(self.checkpoint)
+        source = pretrained if self.trained_by is None else base or self.trained_by.pretrained
+        if source is None:
             raise InputError("model: give model.pretrained, or --ckpt_path of a training run")
-        if checkpoint is not None and not Path(checkpoint).exists():
-            raise InputError(f"there is no checkpoint {checkpoint!r}")
+        if (fault := own_weights(engine)) is not None:
+            raise InputError(f"model: {fault}")
         check_strategies(strategies)
         self.settings = SamplingSettings(max_new_tokens, temperature, samples, seed, budget, texts)
-        self.pretrained = pretrained
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.label = label or _title(pretrained, self.checkpoint)
+        self.source = source
+        self.title = _title(source, self.checkpoint)
+        self.label = label or self.title
         self.strategies = strategies
         self.engine = engine
         self.behaviors = load_behaviors(behaviors)
         self.root = Path(cells)
         self.dtype_of_weights = dtype
         self.attention = attention
-        self.step = 0
         self.metrics = nn.ModuleDict()
 
     # ------------------------------------------------------------- what is there
 
     def setup(self, stage: str) -> None:
         """Look for results that are there already."""
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            raise InputError(
+                "an evaluation has the whole model on every rank: use trainer.strategy ddp, or "
+                "vLLM servers for a model that doesn't fit one device"
+            )
+        read_config(self.source)  # a hub id's revision is known once its configuration is here
         self.stores = {
             (strategy, benchmark): CellStore(
                 self.root,
-                _title(self.pretrained, self.checkpoint),
+                self.title,
                 self._cell_settings(strategy, benchmark),
                 items,
             )
@@ -139,7 +155,7 @@ class EvaluationModule(LightningModule):
         settings = self.settings
         return CellSettings(
             model=f"{self._model_identity()} {self.dtype_of_weights} {self.attention}",
-            engine=f"{type(self.engine).__name__} {self.trainer.precision}",
+            engine=f"{self.engine.numerics} {self.trainer.precision}",
             strategy=strategy,
             benchmark=benchmark,
             max_new_tokens=settings.max_new_tokens,
@@ -151,11 +167,11 @@ class EvaluationModule(LightningModule):
         )
 
     def _model_identity(self) -> str:
+        source = f"{self.source} {revision(resolve(self.source))}"
         if self.checkpoint is None:
-            assert self.pretrained is not None
-            return f"{self.pretrained} {revision(resolve(self.pretrained))}"
+            return source
         path = self.checkpoint.resolve()  # last.ckpt is a link to another one each time
-        return f"{path} {path.stat().st_mtime_ns}"
+        return f"{path} {path.stat().st_mtime_ns} on {source}"
 
     def _missing(self, cell: tuple[str, str], items: Iterable[Item]) -> list[Item]:
         return [item for item in items if item.id not in self.results[cell]]
@@ -170,24 +186,26 @@ class EvaluationModule(LightningModule):
         """Load the model, if it has anything to do."""
         if hasattr(self, "policy") or not self._pending:
             return
+        dtype = getattr(torch, self.dtype_of_weights)
         if self.checkpoint is None:
-            assert self.pretrained is not None
-            source, dtype = self.pretrained, getattr(torch, self.dtype_of_weights)
-            self.policy = load_model(source, dtype, self.attention)
+            self.policy = load_model(self.source, dtype, self.attention)
         else:
-            trained = load_trained(self.checkpoint, self.pretrained)
-            source, self.step = trained.source, trained.step
-            self.policy = trained.model.to(getattr(torch, self.dtype_of_weights))
-            self.policy.set_attn_implementation(self.attention)
+            self.policy = load_trained(
+                self.checkpoint, self.source, dtype=dtype, attention=self.attention
+            ).model
         self.policy.requires_grad_(False)
-        self.tokenizer = load_tokenizer(source)
+        self.tokenizer = load_tokenizer(self.source)
         self.stop_ids = end_of_turn_ids(self.tokenizer, self.policy.generation_config)
 
     def on_test_start(self) -> None:
-        """Give the engine the weights."""
-        if self._pending:
-            self.engine.wake()
-            self.engine.load_weights(self.policy, self.tokenizer)
+        """Give the engine the weights, and see that everything that will be asked fits it."""
+        if not self._pending:
+            return
+        self.engine.wake()
+        self.engine.load_weights(self.policy, self.tokenizer)
+        for cell, store in self.stores.items():
+            missing = self._missing(cell, store.items.values())
+            check_room(cell[0], missing, self.engine, self.tokenizer, self.settings)
 
     def teardown(self, stage: str) -> None:
         """Release the engine."""
@@ -197,6 +215,8 @@ class EvaluationModule(LightningModule):
 
     def test_step(self, items: list[Item], batch_idx: int) -> None:
         """Answer the items of a benchmark with every strategy, as far as that wasn't done."""
+        if not items:
+            return
         for strategy in self.strategies:
             cell = strategy, items[0].benchmark
             missing = self._missing(cell, items)
@@ -226,13 +246,12 @@ class EvaluationModule(LightningModule):
             for cell, metrics in self.metrics.items()
             for name, metric in metrics.items()  # type: ignore[operator]
         }
-        self.log_dict(values, logger=False)
         self._merge()
         if self.trainer.is_global_zero:
             for cell in self.finished_cells():
                 values |= scalars(cell, summarise(cell, self.behaviors))
             for logger in self.loggers:
-                logger.log_metrics(values, step=self.step)
+                logger.log_metrics(values, step=self.trained_by.step if self.trained_by else 0)
 
     def finished_cells(self) -> list[Cell]:
         """All cells with their results, once the evaluation is through."""
@@ -249,9 +268,9 @@ class EvaluationModule(LightningModule):
         path.write_text(json.dumps(cells, indent=2) + "\n", encoding="utf-8")
 
 
-def _title(pretrained: str | None, checkpoint: Path | None) -> str:
+def _title(source: str, checkpoint: Path | None) -> str:
     """A short name for a model that may begin the name of a folder."""
     if checkpoint is None:
-        return Path(str(pretrained)).name
+        return Path(source).name
     run = checkpoint.absolute().parent.parent
     return f"{run.parent.name}-{run.name}-{checkpoint.resolve().stem}"

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from thinktuning.rewards import LETTERS, judge
 from thinktuning.types import AnswerKind, Outcome
 
 
@@ -83,6 +84,16 @@ class ItemResult:
         """Whether it is a result of this very item."""
         own = (self.id, self.question, self.answer, self.choices)
         return own == (item.id, item.question, item.answer, item.choices)
+
+    def judged(self, kind: AnswerKind) -> "ItemResult":
+        """The same responses, judged again."""
+        options = len(self.choices or LETTERS)
+        samples = []
+        for sample in self.samples:
+            finished = sample.outcome is not Outcome.CUT_OFF
+            outcome, extracted = judge(kind, sample.response, self.answer, finished, options)
+            samples.append(replace(sample, outcome=outcome, extracted=extracted))
+        return replace(self, samples=tuple(samples))
 
     def to_json(self) -> str:
         """One line."""

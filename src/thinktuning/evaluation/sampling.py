@@ -75,9 +75,8 @@ def run_strategy(
     """Answer every item with a strategy and judge the answers.
 
     A sample's draws depend on the seed, its item, its number, its turn and the strategy alone: not
-    on the items beside it, nor on their order. Where a later turn's prompt has grown so long that
-    the turn might not fit the context, the sample ends there: that turn is empty, and the outcome
-    is ``cut_off``.
+    on the items beside it, nor on their order. A later turn whose prompt has grown so long that it
+    might not fit the context stays empty and unfinished.
 
     Args:
         strategy: Name of a strategy.
@@ -91,10 +90,10 @@ def run_strategy(
         For each item its samples, in the order of ``items``.
 
     Raises:
-        InputError: If there is no such strategy, or if an item's prompt and what may be written
-            after it don't fit the context; before anything is sampled.
+        InputError: If there is no such strategy, or see ``check_room``; before anything is sampled.
     """
     check_strategies([strategy])
+    check_room(strategy, items, engine, tokenizer, settings)
     conversations = [
         [
             _Conversation(strategy, item, k, tokenizer, settings, engine.context_length)
@@ -103,7 +102,6 @@ def run_strategy(
         for item in items
     ]
     going = [conversation for group in conversations for conversation in group]
-    _check_room(going, engine.context_length)
     while going:
         for call in _calls(going, engine.context_length):
             _complete(call, engine, stop_ids, settings.temperature)
@@ -114,6 +112,40 @@ def run_strategy(
         )
         for item, group in zip(items, conversations, strict=True)
     ]
+
+
+def check_room(
+    strategy: str,
+    items: Sequence[Item],
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: SamplingSettings,
+) -> None:
+    """Look whether the first turns of some items fit the context.
+
+    Raises:
+        InputError: If an item's prompt and what may be written after it don't.
+    """
+    conversations = [
+        _Conversation(strategy, item, 0, tokenizer, settings, engine.context_length)
+        for item in items
+    ]
+    overlong = [c for c in conversations if not _fits(c.request, engine.context_length)]
+    if not overlong:
+        return
+    longest = max(overlong, key=lambda c: len(c.request.prompt_ids))
+    request = longest.request
+    raise InputError(
+        f"evaluation: {strategy} doesn't fit the {engine.context_length} positions that the model "
+        f"or its engine has with {len(overlong)} of {len(items)} items of "
+        f"{longest.item.benchmark}: the longest, {longest.item.id}, has a prompt of "
+        f"{len(request.prompt_ids)} tokens, and up to "
+        f"{request.max_new_tokens + request.spare_tokens} are written after it; lower "
+        f"max_new_tokens (s1_budget: budget), or give a file without these items"
+    )
+
+
+_NOTHING = Completion((), (), "length")
 
 
 class _Conversation:
@@ -156,11 +188,10 @@ class _Conversation:
         self._turn += 1
         try:
             self.request = self._steps.send(completion)
+            while not _fits(self.request, self._context_length):
+                self.request = self._steps.send(_NOTHING)
         except StopIteration as end:
             self.response = end.value
-            return
-        if not _fits(self.request, self._context_length):
-            self.response = self._dialogue.record(self.request.prompt_ids, (), finished=False)
 
     def judged(self) -> Sample:
         """The sample, once the strategy is through."""
@@ -228,19 +259,3 @@ def _cut(completion: Completion, limit: int) -> Completion:
 def _fits(request: Request, context_length: int | None) -> bool:
     needed = len(request.prompt_ids) + request.max_new_tokens + request.spare_tokens
     return context_length is None or needed <= context_length
-
-
-def _check_room(conversations: Sequence[_Conversation], context_length: int | None) -> None:
-    """Refuse items whose first turn might not fit the context."""
-    overlong = [c for c in conversations if not _fits(c.request, context_length)]
-    if not overlong:
-        return
-    longest = max(overlong, key=lambda c: len(c.request.prompt_ids))
-    request, items = longest.request, {c.item.id for c in overlong}
-    raise InputError(
-        f"evaluation: {len(items)} items don't fit the {context_length} positions that the model "
-        f"or its engine has: the longest, {longest.item.id}, has a prompt of "
-        f"{len(request.prompt_ids)} tokens, and up to "
-        f"{request.max_new_tokens + request.spare_tokens} are written after it; lower "
-        f"max_new_tokens (s1_budget: budget), or leave these items out"
-    )

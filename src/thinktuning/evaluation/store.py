@@ -9,13 +9,16 @@ from hashlib import blake2b
 from pathlib import Path
 
 from thinktuning.errors import InputError
+from thinktuning.evaluation.benchmarks import BENCHMARKS
 from thinktuning.evaluation.records import Item, ItemResult
 from thinktuning.evaluation.summary import Cell
+from thinktuning.rewards import judge_version
 
 log = logging.getLogger(__name__)
 
 SETTINGS = "cell.json"
 RESULTS = "items.jsonl"
+JUDGE = "judge"
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class CellSettings:
 
     Attributes:
         model: Name, revision and precision of the weights; of a checkpoint its path and time.
-        engine: Kind of the engine, and the trainer's precision.
+        engine: Kind and settings of the engine, and the trainer's precision.
         strategy: Name of the prompting strategy.
         benchmark: Name of the benchmark.
         max_new_tokens: Length limit of a turn.
@@ -81,6 +84,7 @@ class CellStore:
             (self.folder / SETTINGS).write_text(self._written + "\n", encoding="utf-8")
             parts = sorted(self.folder.glob("items.*.jsonl"))
             found = {r.id: r for path in [*self._merged(), *parts] for r in _read(path)}
+            found = self._judged(found)
             order = {name: i for i, name in enumerate(self.items)}
             results = sorted(found.values(), key=lambda r: (order.get(r.id, len(order)), r.id))
             _write(self.folder / RESULTS, results)
@@ -88,6 +92,17 @@ class CellStore:
                 path.unlink()
         except OSError as error:
             raise InputError(f"cannot write results into {str(self.folder)!r}: {error}") from error
+
+    def _judged(self, found: dict[str, ItemResult]) -> dict[str, ItemResult]:
+        """The results, judged again where that was done by other code than today's."""
+        path, today = self.folder / JUDGE, judge_version()
+        before = path.read_text(encoding="utf-8") if path.is_file() else today
+        if before != today:
+            log.warning("the answers in %s are judged again: the judge has changed", self.folder)
+            kind = BENCHMARKS[self.settings.benchmark].kind
+            found = {name: result.judged(kind) for name, result in found.items()}
+        path.write_text(today, encoding="utf-8")
+        return found
 
     def read(self) -> dict[str, ItemResult]:
         """Merged results of this cell's items, by id; may lack some, or all."""
@@ -116,9 +131,18 @@ def read_cell(label: str, folder: Path, items: int) -> Cell:
         label: How reports call its model.
         folder: The cell's.
         items: Of how many items it is, the first ones in the folder.
+
+    Raises:
+        InputError: If there are fewer.
     """
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     results = tuple(_read(folder / RESULTS)[:items])
+    if len(results) < items:
+        raise InputError(
+            f"{str(folder)!r} has {len(results)} of {items} results: the evaluation was limited or "
+            f"cut short, or another process wrote there at the same time; run it again, and it "
+            f"goes on"
+        )
     shown = {name: str(value) for name, value in settings.items()}
     return Cell(label, settings["strategy"], settings["benchmark"], results, shown)
 

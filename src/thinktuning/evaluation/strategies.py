@@ -185,7 +185,7 @@ TEXTS = {
     "zero_shot": "",
     "self_verify": VERIFY,
     "self_correct": FIND_MISTAKES,
-    "s1_budget": WAIT + FINAL_ANSWER,
+    "s1_budget": f"{WAIT} {FINAL_ANSWER} {FINAL_ANSWER_TOKENS}",
 }
 
 

@@ -82,16 +82,17 @@ class ObjectiveConfig:
 
 
 class LossOutput(NamedTuple):
-    """What ``policy_loss`` returns.
+    """What a loss function returns.
 
     Attributes:
         loss: Scalar with gradient; the losses of all micro-batches of a step add up to its loss.
-        metrics: Detached sums and counts by name; ``weight_max`` is a plain maximum.
+        metrics: Detached sums and counts by name.
+        weight_max: The largest shaping weight, detached; None where nothing is shaped.
     """
 
     loss: Tensor
     metrics: dict[str, Mean]
-    weight_max: Tensor
+    weight_max: Tensor | None = None
 
 
 def token_weights(
@@ -201,7 +202,7 @@ def supervised_loss(inputs: PolicyInputs) -> LossOutput:
     assert inputs.logprobs is not None, "logprobs must be set before the loss"
     weights = token_weights(mask) if inputs.token_weights is None else inputs.token_weights
     loss = torch.where(mask, -inputs.logprobs, 0.0).mul(weights).sum()
-    return LossOutput(loss, {}, torch.zeros_like(loss))
+    return LossOutput(loss, {})
 
 
 def _shaped_mask(inputs: PolicyInputs, config: ObjectiveConfig) -> Tensor:

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from thinktuning.errors import InputError
 from thinktuning.plan.job import Job
 from thinktuning.policy import (
     LoraSettings,
     base_of,
+    read_config,
     recompute_activations,
-    resolve,
     transformer_blocks,
     with_adapters,
 )
@@ -47,22 +47,6 @@ class Sizes:
     trained_block: int
     quantized: int
     attention: int
-
-
-def read_config(name: str) -> Any:
-    """A model's configuration: of a hub id, a folder or the embedded one.
-
-    Raises:
-        InputError: If there is none.
-    """
-    try:
-        return AutoConfig.from_pretrained(resolve(name))
-    except (OSError, ValueError, KeyError) as error:
-        first_line = (str(error).strip() or repr(error)).splitlines()[0]
-        raise InputError(
-            f"cannot read the configuration of the model {name!r}: {first_line}\n"
-            f"expected a folder with config.json, a hub id that this machine can reach, or embedded"
-        ) from error
 
 
 def measure_model(name: str, job: Job) -> Sizes:

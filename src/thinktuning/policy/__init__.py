@@ -5,6 +5,7 @@ from thinktuning.policy.loading import (
     load_generation_config,
     load_model,
     load_tokenizer,
+    read_config,
     resolve,
 )
 from thinktuning.policy.logprobs import TokenScores, completion_logprobs
@@ -35,6 +36,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "named_weights",
+    "read_config",
     "recompute_activations",
     "release",
     "render_prompt",

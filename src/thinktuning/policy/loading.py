@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -18,7 +19,15 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from thinktuning.errors import InputError
 from thinktuning.policy.embedded import EMBEDDED, embedded_model
 
-_UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError)
+_UNLOADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    ImportError,  # a kernel that attn_implementation names
+    SafetensorError,
+    UnpicklingError,
+)
 _BLOCK = 64  # weights of nf4 that share a scale
 _FAST_ROWS = 32  # outputs that the kernel for AVX512-BF16 computes together
 
@@ -72,6 +81,22 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # Transformers makes up an empty one
         raise InputError(_cannot_load("tokenizer", name, "it has no vocabulary"))
     return tokenizer
+
+
+def read_config(name: str) -> Any:
+    """A model's configuration: of a hub id, a folder or the embedded one.
+
+    Raises:
+        InputError: If there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve(name))
+    except (OSError, ValueError, KeyError) as error:
+        first_line = (str(error).strip() or repr(error)).splitlines()[0]
+        raise InputError(
+            f"cannot read the configuration of the model {name!r}: {first_line}\n"
+            f"expected a folder with config.json, a hub id that this machine can reach, or embedded"
+        ) from error
 
 
 def load_generation_config(name: str) -> GenerationConfig | None:

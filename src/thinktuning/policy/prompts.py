@@ -8,6 +8,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 Message = dict[str, str]
 
+# Llama 3's template writes a date, by default today's: a run would change from day to day.
+_DATE = "26 Jul 2024"
+
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Token ids of a chat, up to where the assistant starts to write, or goes on writing.
@@ -46,7 +49,7 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
+            list(messages), tokenize=False, add_generation_prompt=True, date_string=_DATE
         )
     except TemplateError as error:
         system, first, *rest = messages
@@ -57,7 +60,7 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Messa
         )
         merged = {"role": "user", "content": f"{system['content']}\n\n{first['content']}"}
         text = tokenizer.apply_chat_template(
-            [merged, *rest], tokenize=False, add_generation_prompt=True
+            [merged, *rest], tokenize=False, add_generation_prompt=True, date_string=_DATE
         )
     assert isinstance(text, str)
     return text

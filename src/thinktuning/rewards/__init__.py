@@ -1,6 +1,6 @@
 """Rewards: what a finished answer is worth. They judge text only."""
 
-from thinktuning.rewards.answers import LETTERS, extract_answer, judge
+from thinktuning.rewards.answers import LETTERS, extract_answer, judge, judge_version
 from thinktuning.rewards.base import Response, Reward
 from thinktuning.rewards.maths import MathReward, last_boxed, verify_math
 from thinktuning.rewards.phrase import PhraseReward
@@ -16,6 +16,7 @@ __all__ = [
     "Reward",
     "extract_answer",
     "judge",
+    "judge_version",
     "last_boxed",
     "score",
     "verify_math",

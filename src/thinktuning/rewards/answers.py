@@ -6,9 +6,14 @@ strongest first: a box; a statement such as "the answer is B", where the last on
 models correct themselves; at last, for letters, a mention, if all mentions name the same letter.
 """
 
+import inspect
 import re
+import sys
 from collections.abc import Iterable
+from hashlib import blake2b
+from importlib.metadata import version
 
+from thinktuning.rewards import maths, verifier_worker
 from thinktuning.rewards.maths import last_boxed, verify_math
 from thinktuning.types import AnswerKind, Outcome
 
@@ -106,6 +111,12 @@ _YES_NO_MEANING = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 
 
 # ------------------------------------------------------------------- functions
+
+
+def judge_version() -> str:
+    """Changes with the code that judges, here and in math-verify."""
+    sources = [inspect.getsource(m) for m in (sys.modules[__name__], maths, verifier_worker)]
+    return blake2b(repr([*sources, version("math-verify")]).encode(), digest_size=8).hexdigest()
 
 
 def extract_answer(kind: AnswerKind, text: str, options: int = len(LETTERS)) -> str | None:
