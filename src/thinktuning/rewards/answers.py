@@ -6,14 +6,12 @@ strongest first: a box; a statement such as "the answer is B", where the last on
 models correct themselves; at last, for letters, a mention, if all mentions name the same letter.
 """
 
-import inspect
 import re
-import sys
 from collections.abc import Iterable
 from hashlib import blake2b
 from importlib.metadata import version
+from pathlib import Path
 
-from thinktuning.rewards import maths, verifier_worker
 from thinktuning.rewards.maths import last_boxed, verify_math
 from thinktuning.types import AnswerKind, Outcome
 
@@ -115,7 +113,9 @@ _YES_NO_MEANING = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 
 def judge_version() -> str:
     """Changes with the code that judges, here and in math-verify."""
-    sources = [inspect.getsource(m) for m in (sys.modules[__name__], maths, verifier_worker)]
+    folder = Path(__file__).parent
+    names = ("answers.py", "maths.py", "verifier_worker.py")
+    sources = [(folder / name).read_text(encoding="utf-8") for name in names]
     return blake2b(repr([*sources, version("math-verify")]).encode(), digest_size=8).hexdigest()
 
 
