@@ -67,6 +67,11 @@ _LETTER_STATEMENTS = (
         r"(?:^|[.;:,!?]\s+|\(|(?i:\b(?:option|choice|answer|so|that)\s+))(?P<answer>[A-J])\)?"
         r"\s+is\s+(?:(?:the\s+)?(?:correct|right|best)|the\s+answer)\b"
     ),
+    # B. a bus stop is the correct answer
+    _form(
+        r"^\(?(?P<answer>[A-J])[).:]\s[^.\n]{1,60}\s+is\s+the\s+(?:correct|right|best)\s+"
+        r"(?:answer|option|choice)\b"
+    ),
     # I choose B; I'll go with option (B)
     _form(
         r"(?i:\bI(?:'ll|'d|\s+will|\s+would)?\s+(?:choose|pick|select|go with)\s+(?:option\s+)?)"
@@ -92,8 +97,9 @@ _LETTER_MENTIONS = (
 _YES_NO_STATEMENTS = (
     # The answer is no; Answer: yes; the statement is false; the answer is a clear yes
     _form(_ANSWER_IS + r"(?:an?\s+(?:\w+\s+)?)?" + _YES_NO),
-    # No, because it sinks. Conclusion: no. It is too heavy. Actually, no. I would say no.
-    _form(r"(?:^|[.!?:]\s+|(?i:\b(?:so|actually|therefore|thus|say),?\s+))" + _YES_NO),
+    # No, because it sinks. Conclusion: no. It is too heavy. Actually, no. I would say no. To answer
+    # the question, no.
+    _form(r"(?:^|[.!?:]\s+|(?i:\b(?:so|actually|therefore|thus|say|question),?\s+))" + _YES_NO),
 )
 
 # What takes back the statement that follows: I don't think that the answer is B; if the answer is
