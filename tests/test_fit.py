@@ -9,6 +9,7 @@ from running import audit, checkpoint, fit_arguments, scalars
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from thinktuning.cli import main
+from thinktuning.module import ThinkTuningModule
 
 pytestmark = pytest.mark.slow
 
@@ -114,6 +115,20 @@ def test_gamma_zero_loads_no_reference_and_guides_nothing(
     assert not loaded, "no reference beside the policy"
     assert sum(scalars(tmp_path / "version_0")["guidance/realised_gamma"]) == 0
     assert audit(tmp_path / "version_0") == []
+
+
+def test_gamma_zero_is_grpo_bit_for_bit(student, questions, tmp_path, monkeypatch):
+    def weights(name, gamma):
+        main(
+            fit_arguments(student(), questions, tmp_path / name, f"--guidance.gamma.start={gamma}")
+        )
+        return checkpoint(tmp_path / name)["state_dict"]
+
+    guided, unguided = weights("guided", 0.5), weights("unguided", 0)
+    monkeypatch.setattr(ThinkTuningModule, "_stages", lambda self: [])
+    plain = weights("plain", 0)
+    assert all(torch.equal(plain[name], unguided[name]) for name in plain)
+    assert not all(torch.equal(plain[name], guided[name]) for name in plain)
 
 
 def test_mini_batches_step_more_often_but_count_rollout_batches(student, questions, tmp_path):
