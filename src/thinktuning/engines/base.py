@@ -152,7 +152,7 @@ class Engine(Teacher):
 
 def own_weights(engine: Engine) -> str | None:
     """What is wrong with an engine that is to sample from a module's weights; None if nothing."""
-    if engine.pretrained is None:
+    if getattr(engine, "pretrained", None) is None:  # jsonargparse's lazy default has none
         return None
     return (
         "its engine samples from the module's weights: leave out engine.pretrained, which is for a "
