@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# docs/results/comparison: SmolLM2-135M with four prompting strategies, and after a few steps of SFT,
+# SmolLM2-135M with four prompting strategies, and after a few steps of SFT,
 # STaR, GRPO and ThinkTuning on GSM8K, on five benchmarks.
 #   scripts/first_comparison.sh path/to/gsm8k/train.jsonl path/to/benchmarks
 set -euo pipefail
