@@ -2,15 +2,24 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 
 from thinktuning.policy import render_prompt
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """A run of several ranks belongs into processes of its own: its port would stay taken."""
+    yield
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from thinktuning.baselines.star import Rationale, RationaleLoader
 from thinktuning.cli import main
 from thinktuning.data import load_questions
 from thinktuning.data.sources import parse_solution
+from thinktuning.errors import InputError
 from thinktuning.types import Prompt
 
 SGD = [
@@ -493,8 +494,10 @@ def test_every_rationale_is_served_once_a_pass(count, passes, size):
     assert served(RationaleLoader(rationales(count), passes, size, seed=5)) == batches
     for done in range(number):
         resumed = RationaleLoader(rationales(count), passes, size, seed=5)
-        resumed.load_state_dict({"position": done * size})
+        resumed.load_state_dict({"position": done * size, "number": len(seen)})
         assert served(resumed) == batches[done:]
+    with pytest.raises(InputError, match=f"round serves {len(seen) + 1} rationales, this one"):
+        resumed.load_state_dict({"position": 0, "number": len(seen) + 1})
 
 
 def test_ranks_get_batches_of_one_size():

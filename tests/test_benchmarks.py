@@ -701,7 +701,7 @@ def test_every_fault_of_the_specs_is_told_at_once(tmp_path):
 
 def test_sound_specs_pass_without_being_read(tmp_path):
     (tmp_path / "a.jsonl").write_text("not JSON")
-    check_benchmarks(["mmlu_pro", f"gsm8k={tmp_path / 'a.jsonl'}"])
+    assert check_benchmarks(["mmlu_pro", f"gsm8k={tmp_path / 'a.jsonl'}"]) is None
 
 
 def test_no_benchmark_at_all_is_a_fault():

@@ -117,7 +117,7 @@ def test_ranks_have_the_results_and_numbers_of_one(arguments, tmp_path):
         root.mkdir()
     main(arguments(one, ALL))
     more = ("--trainer.devices=2", "--trainer.strategy=ddp")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     runs = tmp_path / "runs.json"
     runs.write_text(json.dumps([arguments(two, ALL, *more)]))
     done = run([*launch, str(Path(__file__).parent / "ranks.py"), str(runs)], timeout=300)
@@ -227,6 +227,17 @@ def test_a_checkpoint_in_bfloat16_is_the_exported_policy_in_bfloat16(student, qu
     torch.testing.assert_close(found(row).logits, expected(row).logits, rtol=0, atol=0)
 
 
+def test_a_behavior_without_patterns_is_not_counted(arguments, tmp_path, capsys):
+    example = {"question": "1?", "response": "2.", "opinion": "incorrect", "reason": "No."}
+    content = {"name": "mine", "instruction": "reflect", "examples": [{**example, "phrase": "1."}]}
+    (tmp_path / "mine.yaml").write_text(json.dumps(content))
+    main(arguments(tmp_path, f"--model.behaviors=[{tmp_path / 'mine.yaml'},self_critique]"))
+    shown = capsys.readouterr().out
+    assert "self critique" in shown and "mine" not in shown
+    main(arguments(tmp_path, f"--model.behaviors=[{tmp_path / 'mine.yaml'}]"))
+    assert "by its patterns" not in capsys.readouterr().out
+
+
 def test_results_follow_the_judge(arguments, tmp_path):
     main(arguments(tmp_path))
     path = items(tmp_path)
@@ -251,7 +262,7 @@ def test_a_rank_may_have_nothing_to_ask(arguments, questions, tmp_path):
     runs.write_text(
         json.dumps([arguments(tmp_path, f"--data.benchmarks=[gsm8k={questions}]", *more)])
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = run([*launch, str(Path(__file__).parent / "ranks.py"), str(runs)])
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(results(items(tmp_path))) == 3
@@ -285,7 +296,6 @@ def test_vllm_answers_as_transformers_does(arguments, student, tmp_path):
             ["--engine=thinktuning.engines.TransformersEngine", "--engine.pretrained=embedded"],
             r"leave out engine\.pretrained",
         ),
-        (["--trainer.strategy=fsdp2"], r"use trainer\.strategy ddp"),
         (["--model.attention=flash_attention_2"], r"cannot load the model"),
         (["--model.max_new_tokens=1020"], r"1024 positions .* 7 of 7 items of gsm8k"),
         (["--trainer.limit_test_batches=1"], r"has 2 of 7 results"),
@@ -303,6 +313,14 @@ def test_faults_are_told_in_a_few_lines(arguments, tmp_path, more, message):
     with pytest.raises(SystemExit, match=message) as told:
         main(arguments(tmp_path, *more))
     assert str(told.value).startswith("error: ")
+
+
+def test_shards_are_refused(arguments, tmp_path):
+    # In a process of its own: Lightning makes a process group before it asks the module.
+    sharded = arguments(tmp_path, "--trainer.strategy=fsdp2")
+    done = run([sys.executable, "-m", "thinktuning.cli", *sharded])
+    assert done.returncode == 1
+    assert "error: an evaluation has the whole model on every rank" in done.stderr
 
 
 def test_an_evaluation_has_nothing_to_fit(arguments, tmp_path):

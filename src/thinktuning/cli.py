@@ -24,6 +24,8 @@ from thinktuning.module import ThinkTuningModule
 _DESCRIPTION = """ThinkTuning: teach a language model behaviors that it never samples.
 `thinktuning fit --config FILE` trains; `thinktuning SUBCOMMAND --help` is the manual;
 `thinktuning plan --config FILE` says what memory and work that would take;
+`thinktuning test --config configs/eval.yaml` answers benchmarks, and
+`thinktuning compare --config FILE` makes several models do so;
 `thinktuning export --ckpt_path FILE --output DIR` writes a Hugging Face folder."""
 
 _PLAN_DESCRIPTION = """Memory and work of `thinktuning fit` on each device, from its configuration

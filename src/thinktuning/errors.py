@@ -14,3 +14,12 @@ class StaleWeightsError(RuntimeError):
 
 class LostGradientsError(RuntimeError):
     """The loss has a gradient, but none of it arrives at the trained weights."""
+
+
+def too_small(*bounds: tuple[str, float, float]) -> list[str]:
+    """Faults of arguments, given as (name, value, least), that are below what they must be."""
+    return [
+        f"{name} must be at least {least}, got {value}"
+        for name, value, least in bounds
+        if value < least
+    ]

@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 
 from thinktuning.callbacks.base import RolloutCallback
 from thinktuning.engines import Engine, SamplingParams, TransformersEngine, derive_seed
-from thinktuning.errors import InputError
+from thinktuning.errors import InputError, too_small
 from thinktuning.metrics import StepMetrics, rollout_means
 from thinktuning.objective import Mean, ObjectiveConfig
 from thinktuning.policy import LoraSettings, load_model, without_adapters
-from thinktuning.policy_module import PolicyModule, too_small
+from thinktuning.policy_module import PolicyModule
 from thinktuning.rewards import MathReward, Reward, score
 from thinktuning.tensors import policy_inputs, with_advantages
 from thinktuning.types import Prompt, RolloutBatch

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from thinktuning.callbacks.base import StageObserver
 from thinktuning.engines import Completion, Engine, SamplingParams, derive_seed, own_weights
-from thinktuning.errors import InputError
+from thinktuning.errors import InputError, too_small
 from thinktuning.metrics import StepMetrics
 from thinktuning.policy import (
     LoraSettings,
@@ -302,12 +302,3 @@ class PolicyModule(LightningModule):
     def teardown(self, stage: str) -> None:
         """Release the engine."""
         self.engine.close()
-
-
-def too_small(*bounds: tuple[str, float, float]) -> list[str]:
-    """Faults of arguments, given as (name, value, least), that are below what they must be."""
-    return [
-        f"{name} must be at least {least}, got {value}"
-        for name, value, least in bounds
-        if value < least
-    ]

@@ -107,7 +107,7 @@ class MethodCLI(LightningCLI):
         return kwargs
 
 
-class BaselineCLI(MethodCLI):
+class TrainingCLI(MethodCLI):
     """Wires model, data, engine and trainer together, for training."""
 
     @staticmethod
@@ -189,13 +189,13 @@ class BaselineCLI(MethodCLI):
         print_next_steps(self.trainer, self.run, console)
 
 
-class SFTCLI(BaselineCLI):
+class SFTCLI(TrainingCLI):
     """``method: sft``."""
 
     method = "sft"
 
 
-class STaRCLI(BaselineCLI):
+class STaRCLI(TrainingCLI):
     """``method: star``."""
 
     method = "star"
@@ -206,7 +206,7 @@ class STaRCLI(BaselineCLI):
         parser.set_defaults({"trainer.reload_dataloaders_every_n_epochs": 1})
 
 
-class ThinkTuningCLI(BaselineCLI):
+class ThinkTuningCLI(TrainingCLI):
     """Adds the stages of guidance and injection."""
 
     method = "thinktuning"
@@ -280,7 +280,7 @@ class EvaluationCLI(MethodCLI):
         """Show the numbers, and note whose they are."""
         if self.trainer.state.finished:
             self.model.write_index(self.run / runs.CELLS)
-            print_results(self.model.finished_cells(), self.model.behaviors, Console())
+            print_results(self.model.cells, self.model.summaries, Console())
 
 
 def _seed(seed: bool | int) -> int:

@@ -26,11 +26,10 @@ from thinktuning.baselines.rationales import Rationale, RationaleLoader
 from thinktuning.baselines.supervised import SupervisedModule
 from thinktuning.data import GSM8KDataModule
 from thinktuning.engines import SamplingParams, derive_seed
-from thinktuning.errors import InputError
+from thinktuning.errors import InputError, too_small
 from thinktuning.metrics import StepMetrics, mean
 from thinktuning.objective import Mean
 from thinktuning.policy import render_prompt
-from thinktuning.policy_module import too_small
 from thinktuning.rewards import verify_math
 from thinktuning.types import Outcome, Prompt, Rollout
 

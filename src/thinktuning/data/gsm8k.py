@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 
 from thinktuning.data.loader import PromptLoader
 from thinktuning.data.sources import Question, load_questions
-from thinktuning.errors import InputError
+from thinktuning.errors import InputError, too_small
 from thinktuning.policy import Message, load_tokenizer, render_prompt
 from thinktuning.types import Prompt
 
@@ -65,16 +65,12 @@ class GSM8KDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        faults = [
-            f"{name} must be at least {least}, got {value}"
-            for name, value, least in (
-                ("batch_size", batch_size, 1),
-                ("val_batch_size", val_batch_size, 1),
-                ("val_size", val_size, 0),
-                ("max_prompt_tokens", max_prompt_tokens, 1),
-            )
-            if value < least
-        ]
+        faults = too_small(
+            ("batch_size", batch_size, 1),
+            ("val_batch_size", val_batch_size, 1),
+            ("val_size", val_size, 0),
+            ("max_prompt_tokens", max_prompt_tokens, 1),
+        )
         if faults:
             raise InputError("data: " + "; ".join(faults))
         self.tokenizer_name = tokenizer

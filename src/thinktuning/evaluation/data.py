@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from lightning.pytorch import LightningDataModule
 
-from thinktuning.errors import InputError
+from thinktuning.errors import InputError, too_small
 from thinktuning.evaluation.benchmarks import check_benchmarks, load_benchmark, parse_spec
 from thinktuning.evaluation.records import Item
 
@@ -27,11 +27,9 @@ class BenchmarkDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_benchmarks(benchmarks)
-        faults = [
-            f"{name} must be at least 1, got {value}"
-            for name, value in (("limit", limit), ("batch_size", batch_size))
-            if value is not None and value < 1
-        ]
+        faults = too_small(
+            ("limit", 1 if limit is None else limit, 1), ("batch_size", batch_size, 1)
+        )
         if faults:
             raise InputError("data: " + "; ".join(faults))
         self.benchmarks = benchmarks

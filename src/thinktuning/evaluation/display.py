@@ -7,23 +7,22 @@ from rich.table import Table
 from rich.text import Text
 
 from thinktuning.evaluation.statistics import Estimate
-from thinktuning.evaluation.summary import Cell, Summary, summarise
-from thinktuning.teaching import Behavior
+from thinktuning.evaluation.summary import Cell, Summary
 from thinktuning.types import Outcome
 
 Columns = Mapping[str, Callable[[Summary], str]]
 
 
-def print_results(cells: Sequence[Cell], behaviors: Sequence[Behavior], console: Console) -> None:
+def print_results(cells: Sequence[Cell], summaries: Sequence[Summary], console: Console) -> None:
     """Print a row for each cell in each of some tables."""
-    summaries = [summarise(cell, behaviors) for cell in cells]
     tables = {
         f"{cells[0].model}: accuracy in percent": _accuracy(summaries[0]),
         "Tokens per response, and outcomes that earn nothing, in percent": _outcomes(),
     }
-    if behaviors:
+    counted = summaries[0].behaviors
+    if counted:
         title = "Responses in percent that show a behavior, by its patterns"
-        tables[title] = {b.name.replace("_", " "): _behavior_share(b.name) for b in behaviors}
+        tables[title] = {name.replace("_", " "): _behavior_share(name) for name in counted}
     for title, columns in tables.items():
         console.print(_table(title, columns, cells, summaries))
 

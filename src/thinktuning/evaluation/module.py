@@ -24,7 +24,7 @@ from thinktuning.evaluation.records import Item, ItemResult
 from thinktuning.evaluation.sampling import SamplingSettings, check_room, run_strategy
 from thinktuning.evaluation.store import CellSettings, CellStore, read_cell
 from thinktuning.evaluation.strategies import TEXTS, check_strategies
-from thinktuning.evaluation.summary import Cell, summarise
+from thinktuning.evaluation.summary import Cell, Summary, summarise
 from thinktuning.policy import (
     end_of_turn_ids,
     load_model,
@@ -109,6 +109,9 @@ class EvaluationModule(LightningModule):
         self.dtype_of_weights = dtype
         self.attention = attention
         self.metrics = nn.ModuleDict()
+        # Of the first rank, once the evaluation is through.
+        self.cells: list[Cell] = []
+        self.summaries: list[Summary] = []
 
     # ------------------------------------------------------------- what is there
 
@@ -120,11 +123,12 @@ class EvaluationModule(LightningModule):
                 "vLLM servers for a model that doesn't fit one device"
             )
         read_config(self.source)  # a hub id's revision is known once its configuration is here
+        model = f"{self._model_identity()} {self.dtype_of_weights} {self.attention}"
         self.stores = {
             (strategy, benchmark): CellStore(
                 self.root,
                 self.title,
-                self._cell_settings(strategy, benchmark),
+                self._cell_settings(model, strategy, benchmark),
                 items,
             )
             for strategy in self.strategies
@@ -151,10 +155,10 @@ class EvaluationModule(LightningModule):
                 store.merge()
         self.trainer.strategy.barrier()
 
-    def _cell_settings(self, strategy: str, benchmark: str) -> CellSettings:
+    def _cell_settings(self, model: str, strategy: str, benchmark: str) -> CellSettings:
         settings = self.settings
         return CellSettings(
-            model=f"{self._model_identity()} {self.dtype_of_weights} {self.attention}",
+            model=model,
             engine=f"{self.engine.numerics} {self.trainer.precision}",
             strategy=strategy,
             benchmark=benchmark,
@@ -248,16 +252,15 @@ class EvaluationModule(LightningModule):
         }
         self._merge()
         if self.trainer.is_global_zero:
-            for cell in self.finished_cells():
-                values |= scalars(cell, summarise(cell, self.behaviors))
+            self.cells = [
+                read_cell(self.label, store.folder, len(store.items))
+                for store in self.stores.values()
+            ]
+            self.summaries = [summarise(cell, self.behaviors) for cell in self.cells]
+            for cell, summary in zip(self.cells, self.summaries, strict=True):
+                values |= scalars(cell, summary)
             for logger in self.loggers:
                 logger.log_metrics(values, step=self.trained_by.step if self.trained_by else 0)
-
-    def finished_cells(self) -> list[Cell]:
-        """All cells with their results, once the evaluation is through."""
-        return [
-            read_cell(self.label, store.folder, len(store.items)) for store in self.stores.values()
-        ]
 
     def write_index(self, path: Path) -> None:
         """Note which cells this evaluation was about, for reports."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from thinktuning.engines import Completion, Engine, SamplingParams, derive_seed
-from thinktuning.errors import InputError
+from thinktuning.errors import InputError, too_small
 from thinktuning.evaluation.prompts import PromptTexts
 from thinktuning.evaluation.records import Item, ItemResult, Sample
 from thinktuning.evaluation.strategies import (
@@ -44,15 +44,11 @@ class SamplingSettings:
     texts: PromptTexts = field(default_factory=PromptTexts)
 
     def __post_init__(self) -> None:
-        faults = [
-            f"{name} must be at least 1, got {value}"
-            for name, value in (
-                ("max_new_tokens", self.max_new_tokens),
-                ("samples", self.samples),
-                ("budget", self.budget),
-            )
-            if value < 1
-        ]
+        faults = too_small(
+            ("max_new_tokens", self.max_new_tokens, 1),
+            ("samples", self.samples, 1),
+            ("budget", self.budget, 1),
+        )
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             faults.append(f"temperature must be 0 or more, got {self.temperature}")
         if self.samples > 1 and self.temperature == 0:
