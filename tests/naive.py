@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from thinktuning.policy import GROUPED
+
 FAMILIES = ["llama", "qwen2", "gpt2"]
 
 
@@ -18,6 +20,7 @@ def decided_model(family: str, vocab_size: int = 48, seed: int = 0) -> PreTraine
     probabilities of 0.1 to 0.9.
     """
     net = tiny.model(family, vocab_size, eos_token_id=0, seed=seed)
+    net.set_attn_implementation(GROUPED)
     with torch.no_grad():
         for weight in net.parameters():
             if weight.ndim > 1:

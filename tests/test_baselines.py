@@ -239,18 +239,18 @@ def test_sft_teaches_the_gold_solutions(untrained, questions, tmp_path, capsys):
     asked = Path(shutil.copy(questions, tmp_path / "asked.jsonl"))
     more = [
         "--data.limit=4",
-        "--model.optimizer.lr=5e-3",
+        "--model.optimizer.lr=3e-3",
         f"--data.val_source={asked}",
         "--data.val_size=4",
-        "--trainer.max_epochs=120",
-        "--trainer.check_val_every_n_epoch=120",
-        "--checkpoint.every_n_train_steps=120",
+        "--trainer.max_epochs=200",
+        "--trainer.check_val_every_n_epoch=200",
+        "--checkpoint.every_n_train_steps=200",
     ]
     main(arguments("sft", untrained, questions, tmp_path, *more))
     logged = scalars(tmp_path / "version_0")
     assert logged["objective/loss"][0] > 1 and logged["objective/loss"][-1] < 0.1
     assert logged["val/accuracy"] == [1.0]
-    assert "step 120  objective/loss" in capsys.readouterr().out
+    assert "step 200  objective/loss" in capsys.readouterr().out
 
     last = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
     main(["export", f"--ckpt_path={last}", f"--output={tmp_path / 'out'}"])

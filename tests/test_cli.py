@@ -108,7 +108,7 @@ def test_help_is_a_manual(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Length limit of an answer, the injected part included." in text
+    assert "Length limit of an answer, injected parts" in text
     assert "Bound of the AAS coefficient" in text
 
 

@@ -6,10 +6,14 @@ import naive
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from naive import FAMILIES, ids
+from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel
 
 from thinktuning.engines import Completion, SamplingParams, TransformersEngine, derive_seed
+from thinktuning.engines.kv_cache import RoomyLayer
 from thinktuning.errors import InputError
 from thinktuning.policy import completion_logprobs
 from thinktuning.teaching import ReplyParams
@@ -399,6 +403,86 @@ def test_at_most_max_batch_size_rows_are_decoded_at_a_time(net):
     assert max(shape[0] for shape in shapes) == 4
     shapes = forwards(net, lambda: sample(net, PROMPTS, two_each, params, max_batch_size=1))
     assert max(shape[0] for shape in shapes) == 2, "a group stays together"
+
+
+def test_waiting_prompts_join_when_a_quarter_of_the_batch_is_free(net, one_by_one):
+    order = [(i, seed) for i, seeds in enumerate(SEEDS) for seed in seeds]
+    prompts, seeds = [PROMPTS[i] for i, _ in order], [[seed] for _, seed in order]
+    found: list[list[Completion]] = []
+    shapes = forwards(net, lambda: found.extend(sample(net, prompts, seeds, SAMPLED, 4)))
+    for key, (completion,) in zip(order, found, strict=True):
+        assert_same(completion, one_by_one[key])
+    lengths = [len(one_by_one[key].token_ids) for key in order]
+    steps = sum(max(lengths[start : start + 4]) for start in range(0, len(lengths), 4))
+    decoding = [shape for shape in shapes if shape[1] == 1]
+    assert len(decoding) < steps - 5, "batches one after the other would wait for their longest"
+    assert max(shape[0] for shape in decoding) == 4
+
+
+def test_what_frozen_weights_have_read_is_kept_until_they_change():
+    net = naive.decided_model("llama")
+    net.requires_grad_(False)
+    engine = TransformersEngine()
+    prompts = [[*ids(30, seed=1), *ids(n, seed=n)] for n in (4, 6, 5)]
+    params = SamplingParams(1, (), temperature=0.0)
+
+    def ask(chosen: list[list[int]]) -> list[torch.Size]:
+        return forwards(net, lambda: engine.sample(chosen, [[0]] * len(chosen), params))
+
+    engine.load_weights(net)
+    assert ask(prompts) == [(1, 30), (3, 6)]
+    assert ask(prompts[:2]) == [(2, 6)]
+    assert ask(prompts[2:]) == [(1, 4), (1, 1)], "goes on from what is kept"
+    assert ask(prompts) == [(3, 6)]
+    other = [[7, *prompt] for prompt in prompts]
+    assert ask(other) == [(1, 31), (3, 6)]
+    found = engine.sample(other, [[0]] * 3, params)
+    assert [g[0].token_ids for g in found] == [alone(net, p, 0, params).token_ids for p in other]
+    net.requires_grad_(True)
+    assert ask(other) == ask(other) == [(1, 31), (3, 6)], "what is trained is read anew"
+
+
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("update"), st.integers(1, 90)),
+            st.tuples(st.just("keep"), st.lists(st.integers(0, 9), min_size=1, max_size=5)),
+            st.tuples(st.just("drop"), st.integers(0, 3)),
+            st.tuples(st.just("crop"), st.integers(1, 3)),
+            st.tuples(st.just("join"), st.integers(1, 70)),
+        ),
+        max_size=12,
+    )
+)
+def test_a_layer_with_room_holds_what_copies_would(steps):
+    layer, keys = RoomyLayer(), torch.rand(2, 2, 5, 3)
+    layer.update(keys, -keys)
+    for name, value in steps:
+        length = keys.shape[2]
+        if name == "update":
+            new = torch.rand(len(keys), 2, value, 3)
+            found, _ = layer.update(new, -new)
+            keys = torch.cat([keys, new], dim=2)
+            assert torch.equal(found, keys)
+        elif name == "keep":
+            rows = torch.tensor(value) % len(keys)
+            layer.keep(rows)
+            keys = keys[rows]
+        elif name == "drop":
+            start = min(value, length - 1)
+            layer.keep(torch.arange(len(keys)), start)
+            keys = keys[:, :, start:]
+        elif name == "crop" and length > value:
+            layer.crop(-value)
+            keys = keys[:, :, :-value]
+        elif name == "join":
+            other, theirs = RoomyLayer(), torch.rand(1, 2, value, 3)
+            other.update(theirs, -theirs)
+            layer.join(other)
+            width = max(length, value)
+            keys = torch.cat([pad(k, (0, 0, width - k.shape[2], 0)) for k in (keys, theirs)])
+        assert layer.get_seq_length() == keys.shape[2]
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, -keys)
 
 
 @pytest.mark.parametrize("size", [0, -3])

@@ -61,6 +61,7 @@ def test_a_user_sees_scalars_samples_and_an_account(student, questions, tmp_path
         "seconds/guidance",
         "seconds/update",
         "tokens_per_second/rollout",
+        "guidance/share_of_step",
         "val/accuracy",
     ]:
         assert tag in seen, tag
@@ -200,10 +201,18 @@ def test_validate_and_export(student, questions, tmp_path, capsys):
         main(["export", f"--ckpt_path={last}", f"--output={output}"])
 
 
-def test_a_stage_of_ones_own_is_a_callback(student, questions, tmp_path):
-    more = ("--trainer.callbacks+=running.ShoutingStage",)
+def test_a_stage_of_ones_own_is_a_callback_and_profiled(student, questions, tmp_path):
+    more = (
+        "--trainer.callbacks+=running.ShoutingStage",
+        "--trainer.profiler=SimpleProfiler",
+        f"--trainer.profiler.dirpath={tmp_path}",
+        "--trainer.profiler.filename=seconds",
+    )
     main(fit_arguments(student(), questions, tmp_path, *more))
     assert "seconds/shouting" in scalars(tmp_path / "version_0")
+    profiled = (tmp_path / "fit-seconds.txt").read_text()
+    for stage in ("sync", "rollout", "guidance", "shouting", "reward", "logprobs", "update"):
+        assert f"[stage]{stage} " in profiled
 
 
 def test_a_run_without_a_checkpoint_to_resume_starts_afresh(student, questions, tmp_path):

@@ -9,15 +9,34 @@ import tiny
 import torch
 from naive import FAMILIES, ids
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from thinktuning.errors import InputError
-from thinktuning.policy import completion_logprobs, end_of_turn_ids, load_model, load_tokenizer
+from thinktuning.plan.peak import PeakMemory
+from thinktuning.policy import (
+    PLAIN,
+    Scoring,
+    completion_logprobs,
+    end_of_turn_ids,
+    load_model,
+    load_tokenizer,
+    recompute_activations,
+    suitable,
+)
 from thinktuning.types import PolicyInputs
 
 # Prompt and completion lengths of four rollouts.
 LENGTHS = [(5, 7), (1, 3), (9, 1), (4, 7)]
 ROWS = [(ids(p, seed=10 + i), ids(c, seed=20 + i)) for i, (p, c) in enumerate(LENGTHS)]
+# The second and third answer one question, and so do the last two.
+ROWS = [ROWS[0], ROWS[1], (ROWS[1][0], ids(5, seed=31)), ROWS[2], ROWS[3], (ROWS[3][0], [7])]
+SCORINGS = [PLAIN, Scoring(True, False), Scoring(False, True), Scoring()]
 
 
 def inputs_of(rows, left: int = 0, right: int = 0, filler: int = 0) -> PolicyInputs:
@@ -48,14 +67,22 @@ def net(request) -> PreTrainedModel:
     return naive.in_float64(naive.decided_model(request.param))
 
 
+@pytest.fixture(params=SCORINGS, ids=["plain", "tiled", "shared", "tiled-shared"], autouse=True)
+def scoring(request, monkeypatch) -> Scoring:
+    """Every test sees every way to compute; three tokens fill a tile."""
+    monkeypatch.setattr("thinktuning.policy.head._TILE_BYTES", 3 * 4 * 48)
+    return request.param
+
+
 def token_factors(row: int) -> torch.Tensor:
     """Fixed factors of a row's tokens; their sum has every token in its gradient."""
     return torch.arange(1, len(ROWS[row][1]) + 1) * (row + 1.0) / 10
 
 
-def scored(net, chosen, **padding) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+def scored(net, scoring, chosen, **padding) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Logprobs of each chosen row without its padding, and the gradients of a sum over them."""
-    scores = completion_logprobs(net, inputs_of([ROWS[i] for i in chosen], **padding))
+    inputs = inputs_of([ROWS[i] for i in chosen], **padding)
+    scores = completion_logprobs(net, inputs, scoring=scoring)
     rows = [scores.logprobs[k, : len(ROWS[i][1])] for k, i in enumerate(chosen)]
     sum((token_factors(i) * row).sum() for i, row in zip(chosen, rows, strict=True)).backward()
     return [row.detach() for row in rows], naive.gradients(net)
@@ -74,9 +101,9 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
-def test_logprobs_and_entropies_are_those_of_single_unpadded_rows(net, temperature):
+def test_logprobs_and_entropies_are_those_of_single_unpadded_rows(net, scoring, temperature):
     inputs = inputs_of(ROWS)
-    scores = completion_logprobs(net, inputs, temperature)
+    scores = completion_logprobs(net, inputs, temperature, scoring)
     assert scores.logprobs.shape == scores.entropy.shape == inputs.completion_mask.shape
     assert scores.logprobs.dtype == scores.entropy.dtype == torch.float32
     for i, (prompt, completion) in enumerate(ROWS):
@@ -89,20 +116,20 @@ def test_logprobs_and_entropies_are_those_of_single_unpadded_rows(net, temperatu
         assert scores.entropy[i, :n].tolist() == pytest.approx(entropy.tolist(), abs=5e-6)
 
 
-def test_gradients_are_those_of_single_unpadded_rows(net):
+def test_gradients_are_those_of_single_unpadded_rows(net, scoring):
     for i, (prompt, completion) in enumerate(ROWS):
         (token_factors(i) * naive.token_logprobs(net, prompt, completion)).sum().backward()
     expected = naive.gradients(net)
-    assert_close(scored(net, range(len(ROWS)))[1], expected)
+    assert_close(scored(net, scoring, range(len(ROWS)))[1], expected)
 
 
-def test_what_is_outside_the_mask_is_zero_and_without_gradient(net):
+def test_what_is_outside_the_mask_is_zero_and_without_gradient(net, scoring):
     inputs = inputs_of(ROWS, right=2)
     # Real tokens may stay out of the loss too.
     mask = inputs.completion_mask.clone()
     mask[0, 2] = mask[3, 0] = False
-    whole = completion_logprobs(net, inputs)
-    part = completion_logprobs(net, replace(inputs, completion_mask=mask))
+    whole = completion_logprobs(net, inputs, scoring=scoring)
+    part = completion_logprobs(net, replace(inputs, completion_mask=mask), scoring=scoring)
     for found, full in zip(part, whole, strict=True):
         assert (found[~mask] == 0).all()
         assert torch.equal(found[mask], full[mask])
@@ -124,20 +151,22 @@ def test_an_impossible_token_spoils_neither_entropy_nor_the_other_logprobs():
     assert scores.entropy[0].tolist() == pytest.approx([-half] * 3)
 
 
-def test_entropy_has_no_gradient_and_without_grad_mode_neither_have_logprobs(net):
+def test_entropy_has_no_gradient_and_without_grad_mode_neither_have_logprobs(net, scoring):
     inputs = inputs_of(ROWS)
-    scores = completion_logprobs(net, inputs)
+    scores = completion_logprobs(net, inputs, scoring=scoring)
     assert scores.logprobs.requires_grad
     assert not scores.entropy.requires_grad
     with torch.no_grad():
-        frozen = completion_logprobs(net, inputs)
+        frozen = completion_logprobs(net, inputs, scoring=scoring)
     assert not frozen.logprobs.requires_grad
     assert torch.equal(frozen.logprobs, scores.logprobs)
 
 
-def test_half_precision_logits_are_scored_in_float32():
+def test_half_precision_logits_are_scored_in_float32(scoring):
     net = naive.decided_model("llama").to(torch.bfloat16)
-    scores = completion_logprobs(net, inputs_of(ROWS[:1]))
+    scores = completion_logprobs(
+        net, inputs_of(ROWS[:1]), scoring=replace(scoring, shared_prompts=False)
+    )
     row = torch.tensor([[*ROWS[0][0], *ROWS[0][1]]])
     logits = net(input_ids=row, use_cache=False).logits[0, len(ROWS[0][0]) - 1 : -1]
     exact = torch.log_softmax(logits.double(), dim=-1)
@@ -159,25 +188,95 @@ def test_half_precision_logits_are_scored_in_float32():
     ],
     ids=str,
 )
-def test_padding_changes_neither_values_nor_gradients(net, padding):
+def test_padding_changes_neither_values_nor_gradients(net, scoring, padding):
     every = range(len(ROWS))
-    expected, expected_gradients = scored(net, every)
-    found, found_gradients = scored(net, every, **padding)
+    expected, expected_gradients = scored(net, PLAIN, every)
+    found, found_gradients = scored(net, scoring, every, **padding)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=5e-6)
     assert_close(found_gradients, expected_gradients)
 
 
-@pytest.mark.parametrize("parts", [[[0], [1], [2], [3]], [[3, 1], [0, 2]], [[2, 3, 1], [0]]])
-def test_neighbours_change_neither_values_nor_gradients(net, parts):
-    expected, expected_gradients = scored(net, range(len(ROWS)))
+@pytest.mark.parametrize(
+    "parts", [[[0], [1, 2], [3], [4, 5]], [[5, 3, 1], [0, 2, 4]], [[2, 3, 4, 1], [0, 5]]]
+)
+def test_neighbours_change_neither_values_nor_gradients(net, scoring, parts):
+    expected, expected_gradients = scored(net, PLAIN, range(len(ROWS)))
     total: dict[str, torch.Tensor] = {}
     for part in parts:
-        values, gradients = scored(net, part)
+        values, gradients = scored(net, scoring, part)
         for i, value in zip(part, values, strict=True):
             torch.testing.assert_close(value, expected[i], rtol=0, atol=5e-6)
         total = {name: total.get(name, 0) + g for name, g in gradients.items()}
     assert_close(total, expected_gradients)
+
+
+# ---------------------------------------------------------------- how it is computed
+
+
+def test_blocks_that_are_computed_again_change_nothing(net, scoring):
+    expected, expected_gradients = scored(net, PLAIN, range(len(ROWS)))
+    again = naive.in_float64(net)
+    recompute_activations(again)
+    found, found_gradients = scored(again, scoring, range(len(ROWS)))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-6)
+    assert_close(found_gradients, expected_gradients)
+
+
+def test_a_prompt_is_read_once_for_its_rows():
+    net = naive.decided_model("llama")
+    read: list[torch.Size] = []
+    net.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    completion_logprobs(net, inputs_of(ROWS), scoring=Scoring())
+    assert read == [(4, 9), (6, 6)], "four prompts of up to 9 tokens; six times 7 less the last"
+
+
+def test_logits_of_all_tokens_exist_only_in_the_plain_way(scoring):
+    net = naive.decided_model("llama", vocab_size=4096)
+    inputs = inputs_of([(ids(4, seed=1), ids(64, seed=2))] * 2)
+    with PeakMemory("scores") as memory:
+        completion_logprobs(net, inputs, scoring=scoring).logprobs.sum().backward()
+    logits = 2 * 64 * 4096 * 4
+    assert (memory.peak.total() > 2 * logits) == (not scoring.tiled_head)
+
+
+def test_what_suits_a_model_is_found_out_by_asking_it(net):
+    plain = naive.decided_model(net.config.model_type)
+    assert suitable(plain, Scoring()) == Scoring()
+    assert suitable(plain, PLAIN) == PLAIN
+    plain.lm_head.bias = torch.nn.Parameter(torch.ones(48))
+    assert suitable(plain, Scoring()) == Scoring(tiled_head=False)
+
+
+def test_a_model_that_does_more_with_its_logits_keeps_its_head():
+    class Capped(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = torch.tanh(outputs.logits / 2) * 2
+            return outputs
+
+    net = naive.decided_model("llama")
+    net.__class__ = Capped
+    assert suitable(net, Scoring()) == Scoring(tiled_head=False)
+
+
+def test_a_model_with_a_sliding_window_reads_its_prompts_again():
+    config = Qwen2Config(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=0,
+    )
+    net = AutoModelForCausalLM.from_config(config).eval()
+    assert suitable(net, Scoring()) == Scoring(shared_prompts=False)
 
 
 # ---------------------------------------------------------------- end of turn
@@ -234,7 +333,7 @@ def test_dtype_and_attention_are_those_asked_for(folder):
     loaded = load_model(str(folder), dtype=torch.bfloat16, attention="eager")
     assert loaded.dtype == torch.bfloat16
     assert loaded.config._attn_implementation == "eager"
-    assert load_model(str(folder)).config._attn_implementation == "sdpa"
+    assert load_model(str(folder)).config._attn_implementation == "grouped_sdpa"
 
 
 def test_a_loaded_model_has_no_dropout(folder):

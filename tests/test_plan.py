@@ -13,11 +13,11 @@ from thinktuning.objective import ObjectiveConfig, policy_loss
 from thinktuning.plan import Job, PlanOptions, make_plan
 from thinktuning.plan.job import GIB, Guidance, Sampler
 from thinktuning.plan.memory import largest_fitting
-from thinktuning.plan.model import measure_model
+from thinktuning.plan.model import measure_model, student
 from thinktuning.plan.peak import PeakMemory
 from thinktuning.plan.tracing import measure_optimizer, trace_sampling, trace_update
 from thinktuning.plan.work import work_of
-from thinktuning.policy import LoraSettings, completion_logprobs, load_model
+from thinktuning.policy import LoraSettings, Scoring, completion_logprobs, load_model
 from thinktuning.types import PolicyInputs
 
 # tiny.model("llama", 384): width 48, 4 heads, 2 of them for keys and values, 96 wide inside.
@@ -38,7 +38,8 @@ def job(folder: str, **changes) -> Job:
     return replace(
         Job(
             pretrained=folder,
-            attention="sdpa",
+            attention="grouped_sdpa",
+            scoring=Scoring(),
             lora=None,
             activation_checkpointing=False,
             mixed=False,
@@ -148,12 +149,13 @@ def real_peak(model, wanted: Job, rollouts: int) -> int:
     width = wanted.prompt_tokens + wanted.completion_tokens
     shape = (rollouts, wanted.completion_tokens)
     mask = torch.ones(rollouts, width, dtype=torch.bool)
-    mask[0, 0] = False  # as in real batches, so that the mask can't be left out
+    mask[: wanted.group_size, 0] = False  # as in real batches: the mask can't be left out
+    ids = torch.randint(384, (wanted.prompts, width))
     for _ in range(1 if rollouts == wanted.rows else 2):
         with PeakMemory("all") as memory:
             memory.hold("all", [*model.parameters(), *(p.grad for p in model.parameters())])
             inputs = PolicyInputs(
-                input_ids=torch.randint(384, (rollouts, width)),
+                input_ids=ids.repeat_interleave(wanted.group_size, dim=0)[:rollouts],
                 attention_mask=mask,
                 completion_mask=mask[:, wanted.prompt_tokens :],
                 injected_mask=torch.zeros(shape, dtype=torch.bool),
@@ -161,22 +163,23 @@ def real_peak(model, wanted: Job, rollouts: int) -> int:
                 sampling_logprobs=torch.zeros(shape),
                 token_weights=torch.ones(shape),
             )
-            scores = completion_logprobs(model, inputs)
+            scores = completion_logprobs(model, inputs, scoring=wanted.scoring)
             policy_loss(replace(inputs, logprobs=scores.logprobs), wanted.objective).loss.backward()
             del inputs, scores
     return memory.peak.total()
 
 
 def test_the_cache_of_rollouts_by_hand(folder):
-    held = trace_sampling(job(folder), folder, 2, 8, 24, 40)
-    # Two layers, keys and values, two heads of 12; the last token isn't read.
-    assert held["KV cache"] == 2 * 2 * 8 * 2 * 12 * (24 + 40 - 1) * 4
+    held = trace_sampling(job(folder), student(job(folder)), 2, 8, 24, 40)
+    # Two layers, keys and values, two heads of 12; the last token isn't read, and room for 64 was
+    # made before the one that is read last.
+    assert held["KV cache"] == 2 * 2 * 8 * 2 * 12 * (24 + 40 - 2 + 64) * 4
 
 
 def test_guidance_has_lengths_of_its_own(folder):
     guidance = Guidance(Sampler(max_batch_size=2), replies=4, prompt_tokens=100, reply_tokens=20)
     moments = make_plan(job(folder, guidance=guidance)).moments
-    assert moments["guidance"]["KV cache"] == 2 * 2 * 2 * 2 * 12 * 119 * 4
+    assert moments["guidance"]["KV cache"] == 2 * 2 * 2 * 2 * 12 * (118 + 64) * 4
 
 
 def test_vllm_has_weights_and_a_cache_of_its_own(folder):

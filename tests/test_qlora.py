@@ -307,9 +307,10 @@ def test_runs_train_adapters_against_the_base_as_reference(
     logged = scalars(tmp_path / "version_0")
     assert logged["objective/kl"][0] == 0 and logged["objective/kl"][-1] > 0
     assert min(logged["optimizer/grad_norm"]) > 0
-    # Tokens are scored as they were sampled: up to the rounding of activations.
-    whole = base != "bfloat16" and precision == "32-true"
-    assert max(logged["engine/logprob_gap"]) < (1e-5 if whole else 0.01)
+    # Tokens are scored as they were sampled: up to the rounding of activations, which with 8 bits
+    # may fall to the other side.
+    limits = {("4bit", "32-true"): 1e-5, ("8bit", "32-true"): 1e-3}
+    assert max(logged["engine/logprob_gap"]) < limits.get((base, precision), 0.01)
     saved = checkpoint(tmp_path)["state_dict"]
     assert all(".lora_" in n and w.dtype == torch.float32 for n, w in saved.items())
     assert all(w.abs().max() > 0 for n, w in saved.items() if "lora_B" in n)

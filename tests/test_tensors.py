@@ -6,12 +6,14 @@ from dataclasses import fields, replace
 import naive
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from naive import ids
 from torch import Tensor
 
 from thinktuning.objective import Mean, ObjectiveConfig, policy_loss, token_weights
 from thinktuning.policy import completion_logprobs
-from thinktuning.tensors import policy_inputs, split, trim, with_advantages
+from thinktuning.tensors import micro_batches, policy_inputs, split, trim, with_advantages
 from thinktuning.types import PolicyInputs, Prompt, Rollout, RolloutBatch
 
 CPU = torch.device("cpu")
@@ -149,6 +151,62 @@ def test_split_keeps_every_row_and_the_last_part_may_be_shorter():
 
 def test_split_leaves_out_what_is_not_there():
     assert all(p.old_logprobs is None for p in split(policy_inputs(RAGGED, CPU), 3))
+
+
+def lengths_of(*groups: list[int], prompts: list[int]) -> PolicyInputs:
+    """Groups of rollouts by the lengths of their completions; prompts by theirs."""
+    rollouts = [
+        rollout(ids(prompts[number], seed=number), ids(length, seed=length))
+        for number, group in enumerate(groups)
+        for length in group
+    ]
+    batch = with_advantages(
+        batch_of(*(replace(r, reward=0.0) for r in rollouts), group_size=len(groups[0])), "none"
+    )
+    return policy_inputs(batch, CPU)
+
+
+def places(inputs: PolicyInputs, rows: int, tokens: int | None = None) -> list[list[int]]:
+    return [batch.tolist() for batch in micro_batches(inputs, rows, tokens)]
+
+
+def test_rollouts_of_a_prompt_go_together_and_short_ones_with_short_ones():
+    inputs = lengths_of([9, 3, 6, 5], [2, 8, 1, 4], prompts=[4, 4])
+    assert places(inputs, 8) == [[6, 4, 7, 5, 1, 3, 2, 0]]
+    assert places(inputs, 4) == [[6, 4, 7, 5], [1, 3, 2, 0]]
+    assert places(inputs, 3) == [[6, 4, 7], [5, 1, 3], [2, 0]]
+    assert places(inputs, 1) == [[6], [4], [7], [5], [1], [3], [2], [0]]
+
+
+def test_a_micro_batch_has_no_more_tokens_than_allowed_unless_one_rollout_has():
+    inputs = lengths_of([9, 3, 6, 5], [2, 8, 1, 4], prompts=[4, 4])
+    # Columns are 4 of the prompt and those of the longest completion, times rows.
+    assert places(inputs, 8, tokens=26) == [[6, 4, 7], [5, 1], [3, 2], [0]]
+    assert places(inputs, 8, tokens=5) == [[i] for i in (6, 4, 7, 5, 1, 3, 2, 0)]
+
+
+def test_a_long_rollout_passes_alone_where_padding_would_cost_more():
+    # Beside the long one, three rollouts would be padded by 3 * 90 tokens; another pass costs about
+    # 64, and the prompt once more.
+    assert places(lengths_of([10, 100, 10, 10], prompts=[20]), 8) == [[0, 2, 3], [1]]
+    assert places(lengths_of([10, 100, 10, 10], prompts=[220]), 8) == [[0, 2, 3, 1]]
+
+
+def test_no_rollouts_make_no_micro_batch():
+    inputs = lengths_of([9, 3], prompts=[4])
+    assert micro_batches(inputs.rows(inputs.advantages != 0), 4) == []
+
+
+@given(
+    groups=st.lists(st.lists(st.integers(1, 200), min_size=2, max_size=2), min_size=1, max_size=6),
+    rows=st.integers(1, 5),
+    tokens=st.one_of(st.none(), st.integers(1, 500)),
+)
+def test_every_rollout_is_in_one_micro_batch(groups, rows, tokens):
+    inputs = lengths_of(*groups, prompts=[3] * len(groups))
+    found = micro_batches(inputs, rows, tokens)
+    assert sorted(torch.cat(found).tolist()) == list(range(2 * len(groups)))
+    assert all(1 <= len(batch) <= rows for batch in found)
 
 
 def test_trim_drops_what_is_padding_in_every_row():

@@ -11,13 +11,15 @@ pytestmark = pytest.mark.slow
 
 
 def test_leaving_out_idle_rows_changes_nothing(student, questions, tmp_path, monkeypatch):
-    main(fit_arguments(student(), questions, tmp_path / "out"))
+    # Plain gradient descent: Adam would blow up what rounding makes of small gradients.
+    plain = ("--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1")
+    main(fit_arguments(student(), questions, tmp_path / "out", *plain))
     monkeypatch.setattr(PolicyUpdate, "trained_rows", lambda self, mini: mini)
-    main(fit_arguments(student(), questions, tmp_path / "in"))
+    main(fit_arguments(student(), questions, tmp_path / "in", *plain))
     assert max(scalars(tmp_path / "in" / "version_0")["groups/zero_variance"]) > 0
     left_out, kept = (checkpoint(tmp_path / name)["state_dict"] for name in ("out", "in"))
     for name in kept:
-        torch.testing.assert_close(left_out[name], kept[name], rtol=0, atol=2e-5)
+        torch.testing.assert_close(left_out[name], kept[name], rtol=0, atol=1e-6)
 
 
 def test_a_step_without_any_advantage_still_decays_the_weights(student, questions, tmp_path):

@@ -31,7 +31,7 @@ from thinktuning.module import ThinkTuningModule
 from thinktuning.objective import ObjectiveConfig
 from thinktuning.plan import Job, make_plan
 from thinktuning.plan.job import GIB, Sampler
-from thinktuning.policy import LoraSettings
+from thinktuning.policy import GROUPED, LoraSettings, Scoring
 from thinktuning.provenance import provenance
 from thinktuning.rewards import Response, Reward
 
@@ -131,7 +131,8 @@ def _job(case: dict[str, Any], arguments: argparse.Namespace, prompt_tokens: int
     lora = case.get("lora")
     return Job(
         pretrained=arguments.model,
-        attention="sdpa",
+        attention=GROUPED,
+        scoring=Scoring(),
         lora=None if lora is None else LoraSettings(**lora),
         activation_checkpointing=case.get("activation_checkpointing", False),
         mixed=case.get("precision") == "bf16-mixed",

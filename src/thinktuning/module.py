@@ -14,17 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from jsonargparse import lazy_instance
-from lightning.pytorch.cli import OptimizerCallable
 from transformers import PreTrainedModel
 
 from thinktuning.callbacks.base import RolloutCallback
-from thinktuning.engines import Engine, SamplingParams, TransformersEngine, derive_seed
+from thinktuning.engines import SamplingParams, derive_seed
 from thinktuning.errors import InputError, too_small
 from thinktuning.metrics import StepMetrics, rollout_means
 from thinktuning.objective import Mean, ObjectiveConfig
-from thinktuning.policy import LoraSettings, load_model, without_adapters
+from thinktuning.policy import load_model, without_adapters
 from thinktuning.policy_module import PolicyModule
 from thinktuning.rewards import MathReward, Reward, score
 from thinktuning.tensors import policy_inputs, with_advantages
@@ -39,67 +36,31 @@ class ThinkTuningModule(PolicyModule):
     ``num_mini_batches`` optimizer steps. Steps, checkpoints and plots count rollout batches.
 
     Args:
-        pretrained: The student: hub id, local folder, or embedded for SmolLM2-135M-Instruct from
-            the package index. The frozen reference begins as the same weights.
-        engine: Samples the student's answers, and the teacher's where it has no engine of its own.
         group_size: Answers per question, at least 2.
-        max_new_tokens: Length limit of an answer, the injected part included.
         temperature: Of sampling; the policy is softmax(logits / temperature). Positive. There is no
             top-p or top-k, since the ratio to a policy with a part cut off would be wrong.
         num_mini_batches: Optimizer steps per rollout batch; divides the questions of a rank.
-        micro_batch_size: Rollouts in one forward and backward pass; the result doesn't depend on
-            it.
         objective: What the update optimises.
         rewards: Added up; null is 1 for a correct answer.
-        optimizer: A torch optimizer class and its arguments.
-        warmup_steps: Rollout batches over which the learning rate rises from 0; constant after.
-        max_grad_norm: Gradients are clipped to this norm; null doesn't clip.
-        attention: Transformers' attn_implementation.
-        activation_checkpointing: Keep only the inputs of each transformer block for the backward
-            and compute the rest again: less memory, a third more work in the update.
-        lora: Train adapters on frozen weights, which are then the reference as well: one copy of
-            them for student, reference and teacher. null trains all weights.
-        seed: Of sampling and selection; taken from seed_everything by the CLI.
+        kwargs: Those of ``PolicyModule``. The frozen reference begins as the same weights as the
+            student; the engine also samples from the teacher where that has no engine of its own.
     """
 
     reference: PreTrainedModel
 
     def __init__(
         self,
-        pretrained: str = "embedded",
-        engine: Engine = lazy_instance(TransformersEngine),  # noqa: B008
         group_size: int = 8,
-        max_new_tokens: int = 1024,
         temperature: float = 1.0,
         num_mini_batches: int = 1,
-        micro_batch_size: int = 4,
         objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008 (frozen)
         rewards: list[Reward] | None = None,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.01),
-        warmup_steps: int = 0,
-        max_grad_norm: float | None = 1.0,
-        attention: str = "sdpa",
-        activation_checkpointing: bool = False,
-        lora: LoraSettings | None = None,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         faults = too_small(("group_size", group_size, 2), ("num_mini_batches", num_mini_batches, 1))
         if temperature <= 0:
             faults.append(f"temperature must be positive, got {temperature}")
-        super().__init__(
-            pretrained=pretrained,
-            engine=engine,
-            max_new_tokens=max_new_tokens,
-            micro_batch_size=micro_batch_size,
-            optimizer=optimizer,
-            warmup_steps=warmup_steps,
-            max_grad_norm=max_grad_norm,
-            attention=attention,
-            activation_checkpointing=activation_checkpointing,
-            lora=lora,
-            seed=seed,
-            faults=faults,
-        )
+        super().__init__(faults=faults, **kwargs)
         self.group_size = group_size
         self.temperature = temperature
         self.num_mini_batches = num_mini_batches
@@ -114,7 +75,8 @@ class ThinkTuningModule(PolicyModule):
         if hasattr(self, "reference"):
             return
         if self.lora is None and self._fitting() and self._needs_reference():
-            self.reference = load_model(self.pretrained, attention=self.attention)
+            # What the policy computes with, whose own weights are float32 for the optimizer's sake.
+            self.reference = load_model(self.pretrained, self._compute_dtype, self.attention)
             self.reference.requires_grad_(False)
             self._shard(self.reference)
 
@@ -164,6 +126,8 @@ class ThinkTuningModule(PolicyModule):
         for name, tokens in (("rollout", sampled_tokens), ("update", trained_tokens)):
             seconds = metrics.seconds[name] / self.trainer.world_size
             metrics.add({f"tokens_per_second/{name}": Mean(tokens, seconds)})
+        teaching = metrics.seconds.get("guidance", 0.0)
+        metrics.add({"guidance/share_of_step": Mean(teaching, metrics.seconds["step"])})
         return {"rollouts": rollouts, "metrics": self._log_step(rollouts.step, metrics)}
 
     def _sample(self, prompts: Sequence[Prompt]) -> RolloutBatch:

@@ -1,13 +1,16 @@
 """What the modules that train a policy share: weights, optimizer, checkpoints, validation."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from jsonargparse import lazy_instance
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -15,11 +18,20 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from thinktuning.callbacks.base import StageObserver
-from thinktuning.engines import Completion, Engine, SamplingParams, derive_seed, own_weights
+from thinktuning.engines import (
+    Completion,
+    Engine,
+    SamplingParams,
+    TransformersEngine,
+    derive_seed,
+    own_weights,
+)
 from thinktuning.errors import InputError, too_small
 from thinktuning.metrics import StepMetrics
 from thinktuning.policy import (
+    GROUPED,
     LoraSettings,
+    Scoring,
     completion_text,
     end_of_turn_ids,
     load_base,
@@ -27,6 +39,7 @@ from thinktuning.policy import (
     load_tokenizer,
     recompute_activations,
     shard,
+    suitable,
     with_adapters,
 )
 from thinktuning.resuming import begin_new_epoch
@@ -34,12 +47,37 @@ from thinktuning.rewards import verify_math
 from thinktuning.strategy import FSDP2Strategy, check_strategy
 from thinktuning.types import Outcome, Prompt, Rollout
 
+log = logging.getLogger(__name__)
+
 
 class PolicyModule(LightningModule):
     """Holds the policy: all its weights or adapters on frozen ones, on one device or cut over many.
 
-    A child trains it in ``training_step``, with manual optimization. The arguments are those of
-    the children, see ``ThinkTuningModule``, and ``faults``, what a child found wrong with its own.
+    A child trains it in ``training_step``, with manual optimization.
+
+    Args:
+        pretrained: The student: hub id, local folder, or embedded for SmolLM2-135M-Instruct from
+            the package index.
+        engine: Samples the student's answers.
+        max_new_tokens: Length limit of an answer, injected parts and the end-of-turn token
+            included.
+        micro_batch_size: Rollouts in one forward and backward pass, at most; the result doesn't
+            depend on it.
+        micro_batch_tokens: Tokens in one such pass, padding included, at most; null: any number.
+            Rollouts of similar length go together.
+        optimizer: A torch optimizer class and its arguments.
+        warmup_steps: Batches over which the learning rate rises from 0; constant after.
+        max_grad_norm: Gradients are clipped to this norm; null doesn't clip.
+        attention: Transformers' attn_implementation. grouped_sdpa computes what sdpa does, without
+            copying the keys and values that heads share.
+        scoring: How logprobs are computed; neither choice changes them. What doesn't suit the model
+            is left out, and logged.
+        activation_checkpointing: Keep only the inputs of each transformer block for the backward
+            and compute the rest again: less memory, a third more work in the update.
+        lora: Train adapters on frozen weights, which are then the reference as well: one copy of
+            them for student, reference and teacher. null trains all weights.
+        seed: Of sampling, selection and adapters; taken from seed_everything by the CLI.
+        faults: What a child found wrong with arguments of its own.
     """
 
     policy: Any  # a Transformers model, or peft's around one
@@ -48,17 +86,19 @@ class PolicyModule(LightningModule):
 
     def __init__(
         self,
-        pretrained: str,
-        engine: Engine,
-        max_new_tokens: int,
-        micro_batch_size: int,
-        optimizer: OptimizerCallable,
-        warmup_steps: int,
-        max_grad_norm: float | None,
-        attention: str,
-        activation_checkpointing: bool,
-        lora: LoraSettings | None,
-        seed: int,
+        pretrained: str = "embedded",
+        engine: Engine = lazy_instance(TransformersEngine),  # noqa: B008
+        max_new_tokens: int = 1024,
+        micro_batch_size: int = 8,
+        micro_batch_tokens: int | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.01),
+        warmup_steps: int = 0,
+        max_grad_norm: float | None = 1.0,
+        attention: str = GROUPED,
+        scoring: Scoring = Scoring(),  # noqa: B008 (frozen)
+        activation_checkpointing: bool = False,
+        lora: LoraSettings | None = None,
+        seed: int = 0,
         faults: Sequence[str] = (),
     ) -> None:
         super().__init__()
@@ -67,6 +107,7 @@ class PolicyModule(LightningModule):
             *too_small(
                 ("max_new_tokens", max_new_tokens, 1),
                 ("micro_batch_size", micro_batch_size, 1),
+                ("micro_batch_tokens", 1 if micro_batch_tokens is None else micro_batch_tokens, 1),
                 ("warmup_steps", warmup_steps, 0),
             ),
         ]
@@ -82,10 +123,12 @@ class PolicyModule(LightningModule):
         self.engine = engine
         self.max_new_tokens = max_new_tokens
         self.micro_batch_size = micro_batch_size
+        self.micro_batch_tokens = micro_batch_tokens
         self.optimizer_factory = optimizer
         self.warmup_steps = warmup_steps
         self.max_grad_norm = max_grad_norm
         self.attention = attention
+        self.scoring = scoring
         self.activation_checkpointing = activation_checkpointing
         self.lora = lora
         self.seed = seed
@@ -128,9 +171,16 @@ class PolicyModule(LightningModule):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(self.seed, "adapters"))  # on every rank the same
                 self.policy = with_adapters(self.policy, self.lora)
+        self._choose_scoring()
         if self.activation_checkpointing:
             recompute_activations(self.policy)
         self._shard(self.policy)
+
+    def _choose_scoring(self) -> None:
+        chosen = suitable(self.policy, self.scoring)
+        if chosen != self.scoring:
+            log.warning("model.scoring %s doesn't suit this model; using %s", self.scoring, chosen)
+            self.scoring = chosen
 
     def _load_student(self) -> PreTrainedModel:
         """The weights that are trained, or that adapters are put on."""
@@ -281,11 +331,12 @@ class PolicyModule(LightningModule):
 
     @contextmanager
     def _stage(self, name: str, metrics: StepMetrics) -> Iterator[None]:
-        """Time a stage and tell the callbacks that it begins."""
+        """Time a stage, for the profiler too, and tell the callbacks that it begins."""
         for callback in self._callbacks():
             if isinstance(callback, StageObserver):
                 callback.on_stage(self.trainer, self, name)
-        with metrics.timed(name):
+        profiler: Profiler = self.trainer.profiler  # type: ignore[attr-defined]
+        with profiler.profile(f"[stage]{name}"), metrics.timed(name):
             yield
 
     def _log_step(self, step: int, metrics: StepMetrics) -> dict[str, float]:

@@ -9,6 +9,9 @@ import torch
 from thinktuning.objective import group_advantages
 from thinktuning.types import PolicyInputs, RolloutBatch
 
+_PASS = 64
+"""What a pass through the model costs by itself, in tokens; roughly, as seen on a CPU."""
+
 
 def with_advantages(batch: RolloutBatch, scale: Literal["std", "none"]) -> RolloutBatch:
     """Fill in every rollout's group-relative advantage; rewards must be set."""
@@ -62,6 +65,57 @@ def split(inputs: PolicyInputs, size: int) -> Iterator[PolicyInputs]:
     """Cut into runs of ``size`` rollouts; the last run may be shorter."""
     for start in range(0, inputs.input_ids.shape[0], size):
         yield inputs.rows(slice(start, start + size))
+
+
+def micro_batches(inputs: PolicyInputs, rows: int, tokens: int | None = None) -> list[torch.Tensor]:
+    """Which rollouts go through the model together.
+
+    Those of a prompt stand together, so that it may be read once, and the short ones with the short
+    ones: where padding would cost more than another pass, there is one.
+
+    Args:
+        inputs: The rollouts; those of a prompt are neighbours.
+        rows: At most so many.
+        tokens: At most so many columns times rows, unless one rollout alone has more; None: any.
+
+    Returns:
+        The places of each micro-batch's rollouts, int64.
+    """
+    start = inputs.input_ids.shape[1] - inputs.completion_mask.shape[1]
+    _, run = distinct_prompts(inputs.input_ids[:, :start], inputs.attention_mask[:, :start])
+    runs = run.tolist()
+    before = inputs.attention_mask[:, :start].sum(dim=1).tolist()
+    behind = inputs.completion_mask.sum(dim=1).tolist()
+    longest: dict[int, int] = {}
+    for i, number in enumerate(runs):
+        longest[number] = max(longest.get(number, 0), before[i] + behind[i])
+    order = sorted(range(len(runs)), key=lambda i: (longest[runs[i]], runs[i], behind[i]))
+    batches: list[list[int]] = []
+    for i in order:
+        grown = [*batches[-1], i] if batches else [i]
+        columns = max(before[k] for k in grown) + max(behind[k] for k in grown)
+        padding = sum(behind[i] - behind[k] for k in grown)
+        fits = len(grown) <= rows and (tokens is None or len(grown) * columns <= tokens)
+        if not batches or (fits and padding <= before[i] + _PASS):
+            batches[-1:] = [grown]
+        else:
+            batches.append([i])
+    return [torch.tensor(batch, device=inputs.input_ids.device) for batch in batches]
+
+
+def distinct_prompts(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where neighbouring rows have one prompt.
+
+    Args:
+        ids: int64 [B, P].
+        mask: bool [B, P].
+
+    Returns:
+        The first row of each of the U runs, int64 [U], and the run of each row, int64 [B].
+    """
+    other = (ids[1:] != ids[:-1]).logical_or(mask[1:] != mask[:-1]).any(dim=1)
+    new = torch.cat([other.new_ones(min(len(ids), 1)), other])
+    return new.nonzero()[:, 0], new.cumsum(dim=0) - 1
 
 
 def trim(inputs: PolicyInputs) -> PolicyInputs:

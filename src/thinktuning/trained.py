@@ -11,6 +11,7 @@ from torch import Tensor
 from thinktuning.checkpointing import AtomicCheckpointIO, read_file, read_meta
 from thinktuning.errors import InputError
 from thinktuning.policy import (
+    GROUPED,
     LoraSettings,
     load_base,
     load_model,
@@ -75,7 +76,7 @@ def load_trained(
     base: str | None = None,
     merged: bool = True,
     dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
+    attention: str = GROUPED,
 ) -> Trained:
     """Load the policy of a checkpoint.
 

@@ -190,6 +190,6 @@ class PolicyInputs:
     token_weights: Tensor | None = None
 
     def rows(self, chosen: slice | Tensor) -> "PolicyInputs":
-        """The inputs of some rollouts: a slice, or a bool mask [B]."""
+        """The inputs of some rollouts: a slice, a bool mask [B], or their places."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: t[chosen] for k, t in tensors.items() if t is not None})

@@ -1,6 +1,7 @@
 """The optimizer steps of one batch."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,14 @@ from thinktuning.objective import (
     supervised_loss,
     token_weights,
 )
-from thinktuning.policy import TokenScores, completion_logprobs, release, whole
-from thinktuning.tensors import split, trim
+from thinktuning.policy import (
+    TokenScores,
+    completion_logprobs,
+    release,
+    rounded_weights,
+    whole,
+)
+from thinktuning.tensors import micro_batches, split, trim
 from thinktuning.types import PolicyInputs
 
 if TYPE_CHECKING:
@@ -59,6 +66,7 @@ class Update(ABC):
         self.num_mini_batches = num_mini_batches
         self.temperature = temperature
         self.normalizer = normalizer
+        self.scoring = module.scoring
 
     @abstractmethod
     def loss(self, micro: PolicyInputs) -> LossOutput:
@@ -92,8 +100,11 @@ class Update(ABC):
             weighted = self.trained_rows(self._with_token_weights(mini))
             trained_tokens += int(weighted.completion_mask.sum())
             signal = torch.zeros((), device=self.module.device)
-            for micro in split(weighted, self.module.micro_batch_size):
-                signal += self._backward(trim(micro))
+            with rounded_weights(self.module.policy) as sums:
+                backward = Tensor.backward if sums else self.module.manual_backward
+                for micro in self._micro_batches(mini, weighted):
+                    signal += self._backward(micro, backward)
+            sums.deliver(self.module.manual_backward)
             self._fill_missing_gradients()
             norm = self._clip_gradients()
             self._check_arrival(signal, norm)
@@ -116,12 +127,27 @@ class Update(ABC):
         self.metrics.add({"objective/loss": Mean(0.0, self.num_mini_batches)})
         return trained_tokens
 
+    def _micro_batches(self, mini: PolicyInputs, trained: PolicyInputs) -> list[PolicyInputs]:
+        """As many on every rank; one that runs short takes a rollout that counts for nothing."""
+        micros = [trim(trained.rows(places)) for places in self._places(trained)]
+        spare = trim(mini.rows(slice(0, 1)))
+        spare = replace(spare, completion_mask=torch.zeros_like(spare.completion_mask))
+        return micros + [spare] * self._missing(len(micros))
+
+    def _missing(self, passes: int) -> int:
+        """How many more another rank takes: the passes of ranks wait for each other."""
+        mine = torch.tensor(passes, device=self.module.device)
+        return int(self._over_ranks(mine, "max")) - passes
+
+    def _places(self, inputs: PolicyInputs) -> list[Tensor]:
+        return micro_batches(inputs, self.module.micro_batch_size, self.module.micro_batch_tokens)
+
     def _with_token_weights(self, mini: PolicyInputs) -> PolicyInputs:
         """Weigh every token by its share in the mean over this optimizer step on all ranks."""
         counts = mini.advantages.new_tensor(
             [mini.completion_mask.sum(), mini.completion_mask.shape[0]], dtype=torch.float64
         )
-        num_tokens, num_sequences = self._sum_over_ranks(counts).tolist()
+        num_tokens, num_sequences = self._over_ranks(counts, "sum").tolist()
         weights = token_weights(
             mini.completion_mask,
             self.normalizer,
@@ -132,14 +158,14 @@ class Update(ABC):
         # DDP and FSDP average gradients over ranks, but each rank's loss is a part of a sum.
         return replace(mini, token_weights=weights * self.module.trainer.world_size)
 
-    def _backward(self, micro: PolicyInputs) -> Tensor:
+    def _backward(self, micro: PolicyInputs, backward: Callable[[Tensor], None]) -> Tensor:
         """Add a micro-batch's gradients; returns the sum of those of its logprobs, all positive."""
-        scores = completion_logprobs(self.module.policy, micro, self.temperature)
+        scores = completion_logprobs(self.module.policy, micro, self.temperature, self.scoring)
         if not scores.logprobs.requires_grad:
             raise LostGradientsError(_LOST)
         scores.logprobs.retain_grad()
         output = self.loss(replace(micro, logprobs=scores.logprobs))
-        self.module.manual_backward(output.loss)
+        backward(output.loss)
         assert scores.logprobs.grad is not None
         self.observe(micro, scores, output)
         return scores.logprobs.grad.abs().sum()
@@ -163,15 +189,24 @@ class Update(ABC):
             norm: Of the gradients of all weights on all ranks, a scalar.
         """
         # The norm is the same on all ranks, so that they ask each other together.
-        if norm == 0 and self._sum_over_ranks(signal) > 0:
+        if norm == 0 and self._over_ranks(signal, "sum") > 0:
             raise LostGradientsError(_LOST)
 
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return self.module.trainer.strategy.reduce(values, reduce_op="sum")
+    def _over_ranks(self, values: Tensor, operation: str) -> Tensor:
+        return self.module.trainer.strategy.reduce(values, reduce_op=operation)
 
 
 class SupervisedUpdate(Update):
-    """Raises the likelihood of the completions, whoever wrote them."""
+    """Raises the likelihood of the completions, whoever wrote them.
+
+    Args:
+        module: Whose policy and limits they are.
+        metrics: Gets the numbers of this batch.
+    """
+
+    def __init__(self, module: "PolicyModule", metrics: StepMetrics) -> None:
+        super().__init__(module, metrics)
+        self.scoring = replace(self.scoring, shared_prompts=False)  # each has a prompt of its own
 
     def loss(self, micro: PolicyInputs) -> LossOutput:
         """Mean negative logprob."""
@@ -210,12 +245,14 @@ class PolicyUpdate(Update):
 
     @torch.no_grad()
     def _frozen_logprobs(self, model: nn.Module, inputs: PolicyInputs) -> Tensor:
-        width = inputs.completion_mask.shape[1]
-        rows = []
-        for micro in split(inputs, self.module.micro_batch_size):
-            logprobs = completion_logprobs(model, trim(micro), self.temperature).logprobs
-            rows.append(nn.functional.pad(logprobs, (0, width - logprobs.shape[1])))
-        return torch.cat(rows)
+        result = torch.zeros_like(inputs.completion_mask, dtype=torch.float)
+        with rounded_weights(model):
+            parts = self._places(inputs)
+            for places in parts + parts[:1] * self._missing(len(parts)):
+                micro = trim(inputs.rows(places))
+                found = completion_logprobs(model, micro, self.temperature, self.scoring).logprobs
+                result[places, : found.shape[1]] = found
+        return result
 
     def _compare_before_update(self, inputs: PolicyInputs) -> None:
         """Compare engine and trainer where the update won't: on all rollouts if their logprobs are
@@ -223,7 +260,7 @@ class PolicyUpdate(Update):
         """
         if inputs.old_logprobs is not None:
             self._compare(inputs.old_logprobs, inputs)
-        elif not self.trained_rows(inputs).input_ids.shape[0]:
+        elif not self._over_ranks(self._trained(inputs).sum(), "sum"):
             one = trim(inputs.rows(slice(0, 1)))
             self._compare(self._frozen_logprobs(self.module.policy, one), one)
 
@@ -241,10 +278,10 @@ class PolicyUpdate(Update):
 
     def trained_rows(self, mini: PolicyInputs) -> PolicyInputs:
         """Leave out rollouts without an advantage."""
-        # On several ranks all must run the same number of backward passes, which synchronise.
-        if self.objective.kl_coef > 0 or self.module.trainer.world_size > 1:
-            return mini
-        return mini.rows(mini.advantages != 0)
+        return mini.rows(self._trained(mini))
+
+    def _trained(self, inputs: PolicyInputs) -> Tensor:
+        return (inputs.advantages != 0) | (self.objective.kl_coef > 0)
 
     def observe(self, micro: PolicyInputs, scores: TokenScores, output: LossOutput) -> None:
         """Note the objective's numbers, and the gap between engine and trainer."""

@@ -1,28 +1,46 @@
 """Sampling with the Transformers model that is being trained: no copy, no second runtime."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Sequence
+from itertools import count
 from typing import Literal
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from thinktuning.engines.base import Completion, Engine, SamplingParams
+from thinktuning.engines.decoding import (
+    Batch,
+    Group,
+    Prefix,
+    common_length,
+    new_row,
+    read_prefix,
+    read_prompts,
+)
 from thinktuning.engines.grammar import GrammarCompiler, GrammarMasks
 from thinktuning.errors import InputError
-from thinktuning.policy import gather, load_model, load_tokenizer, release
+from thinktuning.policy import (
+    gather,
+    is_frozen,
+    load_model,
+    load_tokenizer,
+    packed_linears,
+    release,
+    rounded_weights,
+)
 
 
 class TransformersEngine(Engine):
     """Decodes with the live PyTorch module; weight sync is free.
 
-    The tokens that all prompts of a batch share (system message, worked examples) are read once,
-    every prompt once for its whole group, and finished rows leave the batch.
+    The tokens that all prompts share (system message, worked examples) are read once, with frozen
+    weights once for good, and every prompt once for its whole group. Finished rows leave the batch;
+    when a quarter of it is free, waiting groups join.
 
     Args:
-        max_batch_size: Completions decoded at a time, >= 1; a prompt's group stays together.
+        max_batch_size: Completions decoded at a time, >= 1, or a group if that is larger.
         pretrained: Of a teacher with weights of its own: hub id, folder, or embedded. null: the
             student's weights, or those of the frozen reference.
         quantization: Loads those weights in 4 or 8 bits through bitsandbytes; null doesn't.
@@ -43,6 +61,7 @@ class TransformersEngine(Engine):
         self.quantization = quantization
         self._model: PreTrainedModel | None = None
         self._grammars: GrammarCompiler | None = None
+        self._kept: tuple[PreTrainedModel, torch.dtype, Prefix] | None = None
 
     def start(self) -> None:
         """Load the teacher's own weights onto the device that torch computes on."""
@@ -87,7 +106,7 @@ class TransformersEngine(Engine):
 
     def close(self) -> None:
         """Let go of the model."""
-        self._model = self._grammars = self._described = None
+        self._model = self._grammars = self._described = self._kept = None
 
     @torch.no_grad()
     def sample(
@@ -99,174 +118,59 @@ class TransformersEngine(Engine):
         """Complete every prompt once for each of its seeds; see ``Engine``."""
         assert self._model is not None, "load_weights must come before sample"
         assert len(prompts) == len(seeds), "every prompt needs its seeds"
-        completions: list[list[Completion]] = []
-        for chosen in self._batches(seeds):
-            batch_prompts = [prompts[i] for i in chosen]
-            repeats = [len(seeds[i]) for i in chosen]
-            logits, cache, mask = _prefill(self._model, batch_prompts, repeats)
-            rows = [_Row(_uniforms(seed, params)) for i in chosen for seed in seeds[i]]
-            grammar = self._masks(params, len(rows))
-            _decode(self._model, rows, logits, cache, mask, params, grammar)
-            finished = iter([row.completion(params) for row in rows])
-            completions += [[next(finished) for _ in range(n)] for n in repeats]
-        return completions
+        if not prompts:
+            return []
+        numbers = count()
+        groups = [[new_row(next(numbers), seed, params) for seed in own] for own in seeds]
+        grammar = self._masks(params, next(numbers))
+        with rounded_weights(self._model), packed_linears(self._model):
+            prefix = self._read_prefix(self._model, prompts)
+            waiting: deque[Group] = deque(zip(prompts, groups, strict=True))
+            batch: Batch | None = None
+            while waiting or batch is not None:
+                if chosen := self._next(waiting, batch):
+                    more = read_prompts(self._model, chosen, prefix)
+                    if batch is None:
+                        batch = more
+                    else:
+                        batch.join(more)
+                assert batch is not None
+                tokens = batch.draw(params, grammar)
+                if batch.rows:
+                    batch.read(self._model, tokens)
+                else:
+                    batch = None
+        return [[row.completion(params) for row in rows] for rows in groups]
+
+    def _next(self, waiting: deque[Group], batch: Batch | None) -> list[Group]:
+        """Take those out of ``waiting`` that are to be decoded from now on."""
+        free = self.max_batch_size - (0 if batch is None else len(batch.rows))
+        if batch is not None and not (batch.joinable and 4 * free >= self.max_batch_size):
+            return []
+        chosen: list[Group] = []
+        while waiting and (len(waiting[0][1]) <= free or (batch is None and not chosen)):
+            chosen.append(waiting.popleft())
+            free -= len(chosen[-1][1])
+        return chosen
+
+    def _read_prefix(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]
+    ) -> Prefix | None:
+        """What all prompts begin with; that of frozen weights is kept for the next prompts."""
+        shared = min(common_length(prompts), min(len(p) for p in prompts) - 1)
+        frozen, dtype = is_frozen(model), next(model.parameters()).dtype
+        if shared == 0 or not (frozen or len(prompts) > 1):
+            return None
+        known = None
+        if frozen and self._kept is not None and self._kept[:2] == (model, dtype):
+            known, self._kept = self._kept[2], None
+        prefix = read_prefix(model, prompts[0][:shared], known)
+        if frozen and prefix.can_change:
+            self._kept = (model, dtype, prefix)
+        return prefix
 
     def _masks(self, params: SamplingParams, rows: int) -> GrammarMasks | None:
         if params.pattern is None:
             return None
         assert self._grammars is not None, "a pattern needs the tokenizer: give it to load_weights"
         return self._grammars.masks(params.pattern, params.stop_ids, rows)
-
-    def _batches(self, seeds: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Runs of prompts whose completions fit a batch together."""
-        batch: list[int] = []
-        size = 0
-        for i, own in enumerate(seeds):
-            if batch and size + len(own) > self.max_batch_size:
-                yield batch
-                batch, size = [], 0
-            batch.append(i)
-            size += len(own)
-        if batch:
-            yield batch
-
-
-@dataclass
-class _Row:
-    """A completion in the making."""
-
-    uniforms: list[float]
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-    def completion(self, params: SamplingParams) -> Completion:
-        stopped = self.token_ids[-1] in params.stop_ids
-        return Completion(
-            tuple(self.token_ids), tuple(self.logprobs), "stop" if stopped else "length"
-        )
-
-
-def _uniforms(seed: int, params: SamplingParams) -> list[float]:
-    """All random numbers that a row will ever need, from its seed alone."""
-    if params.temperature == 0:
-        return []
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(params.max_new_tokens, generator=generator, dtype=torch.float64).tolist()
-
-
-def _shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with, at most all but the last of the shortest prompt."""
-    limit = min(len(p) for p in prompts) - 1
-    first = prompts[0]
-    for i in range(limit):
-        if any(p[i] != first[i] for p in prompts):
-            return i
-    return limit
-
-
-def _prefill(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], repeats: Sequence[int]
-) -> tuple[Tensor, DynamicCache, Tensor]:
-    """Read the prompts and copy their state to every completion.
-
-    Returns:
-        Logits of the next token [R, V], the cache, and the attention mask bool [R, L], for the R
-        completions of all prompts.
-    """
-    device = next(model.parameters()).device
-    cache = DynamicCache(config=model.config)
-    shared = _shared_prefix_length(prompts) if len(prompts) > 1 else 0
-    if shared > 0:
-        prefix = torch.tensor([list(prompts[0][:shared])], device=device)
-        model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.batch_repeat_interleave(len(prompts))
-
-    longest = max(len(p) for p in prompts) - shared
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros(len(prompts), shared + longest, dtype=torch.bool)
-    mask[:, :shared] = True
-    for i, prompt in enumerate(prompts):
-        rest = list(prompt[shared:])
-        ids[i, longest - len(rest) :] = torch.tensor(rest)
-        mask[i, shared + longest - len(rest) :] = True
-    ids, mask = ids.to(device), mask.to(device)
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=_positions(mask)[:, shared:],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-
-    owner = torch.repeat_interleave(
-        torch.arange(len(prompts), device=device), torch.tensor(list(repeats), device=device)
-    )
-    cache.batch_select_indices(owner)
-    return logits[owner], cache, mask[owner]
-
-
-def _decode(
-    model: PreTrainedModel,
-    rows: Sequence[_Row],
-    logits: Tensor,
-    cache: DynamicCache,
-    mask: Tensor,
-    params: SamplingParams,
-    grammar: GrammarMasks | None,
-) -> None:
-    """Draw tokens into ``rows`` until each has drawn an end-of-turn token or reached the limit."""
-    stop_ids = set(params.stop_ids)
-    live = list(range(len(rows)))
-    positions = mask.sum(dim=1)
-    for t in range(params.max_new_tokens):
-        uniforms = [rows[i].uniforms[t] for i in live] if params.temperature > 0 else None
-        logits = logits.float()
-        if grammar is not None:
-            grammar.apply(logits, live)
-        tokens, logprobs = _draw(logits, uniforms, params.temperature)
-        drawn = tokens.tolist()
-        if grammar is not None:
-            grammar.accept(drawn, live)
-        for i, token, logprob in zip(live, drawn, logprobs.tolist(), strict=True):
-            rows[i].token_ids.append(token)
-            rows[i].logprobs.append(logprob)
-        going = [k for k, token in enumerate(drawn) if token not in stop_ids]
-        if not going or t + 1 == params.max_new_tokens:
-            return
-        if len(going) < len(live):
-            keep = torch.tensor(going, device=tokens.device)
-            cache.batch_select_indices(keep)
-            tokens, mask, positions = tokens[keep], mask[keep], positions[keep]
-            live = [live[k] for k in going]
-        mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-        logits = model(
-            input_ids=tokens[:, None],
-            attention_mask=mask,
-            position_ids=positions[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
-        positions = positions + 1
-
-
-def _draw(
-    logits: Tensor, uniforms: list[float] | None, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """The next token of each row of fp32 logits [R, V], by inverting the CDF, and its logprob."""
-    if uniforms is None:
-        logprobs = torch.log_softmax(logits, dim=-1)
-        tokens = logits.argmax(dim=-1)
-    else:
-        logprobs = torch.log_softmax(logits / temperature, dim=-1)
-        cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
-        target = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
-        target = target[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
-
-
-def _positions(mask: Tensor) -> Tensor:
-    """Position of each token in its own row, padding not counted; int64."""
-    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)

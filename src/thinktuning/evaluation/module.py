@@ -26,6 +26,7 @@ from thinktuning.evaluation.store import CellSettings, CellStore, read_cell
 from thinktuning.evaluation.strategies import TEXTS, check_strategies
 from thinktuning.evaluation.summary import Cell, Summary, summarise
 from thinktuning.policy import (
+    GROUPED,
     end_of_turn_ids,
     load_model,
     load_tokenizer,
@@ -86,7 +87,7 @@ class EvaluationModule(LightningModule):
         behaviors: Sequence[str] = BEHAVIORS,
         cells: str = "runs/evaluation/cells",
         dtype: Literal["float32", "bfloat16"] = "float32",
-        attention: str = "sdpa",
+        attention: str = GROUPED,
         seed: int = 0,
     ) -> None:
         super().__init__()

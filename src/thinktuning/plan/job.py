@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from thinktuning.errors import InputError
 from thinktuning.objective import ObjectiveConfig
-from thinktuning.policy import LoraSettings
+from thinktuning.policy import LoraSettings, Scoring
 from thinktuning.strategy import check_strategy
 from thinktuning.teaching import guided_count
 
@@ -92,6 +92,7 @@ class Job:
     Attributes:
         pretrained: The student.
         attention: Transformers' ``attn_implementation``.
+        scoring: How logprobs are computed.
         lora: Adapters; None trains all weights.
         activation_checkpointing: Blocks are computed again in the backward.
         mixed: Computes in bfloat16 on float32 weights.
@@ -115,6 +116,7 @@ class Job:
 
     pretrained: str
     attention: str
+    scoring: Scoring
     lora: LoraSettings | None
     activation_checkpointing: bool
     mixed: bool
@@ -176,6 +178,7 @@ def read_job(config: Namespace, options: PlanOptions) -> Job:
     return Job(
         pretrained=model.pretrained,
         attention=model.attention,
+        scoring=Scoring(**model.scoring.as_dict()),
         lora=lora,
         activation_checkpointing=model.activation_checkpointing,
         mixed=_mixed(trainer.precision),

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 import torch
 
 from thinktuning.plan.job import GIB, Guidance, Job, Sampler
-from thinktuning.plan.model import Sizes, measure_model, read_config
+from thinktuning.plan.model import (
+    Sizes,
+    measure_model,
+    named_model,
+    read_config,
+    reference,
+    student,
+)
 from thinktuning.plan.peak import Bytes
 from thinktuning.plan.tracing import (
     GRADIENTS,
@@ -143,7 +150,7 @@ def _kept(job: Job, sizes: Sizes, cost: OptimizerCost) -> Bytes:
     held = Bytes(
         {
             WEIGHTS: _weights(job, sizes),
-            REFERENCE: _weights(job, sizes) if job.reference else 0,
+            REFERENCE: (2 if job.mixed else 4) * sizes.parameters if job.reference else 0,
             GRADIENTS: gradients,
             OPTIMIZER: round(cost.state * sizes.trained),
         }
@@ -195,11 +202,14 @@ def _decoding(job: Job, sizes: Sizes, sampler: Sampler, guidance: Guidance | Non
     if guidance is None:
         # A prompt's completions stay together.
         prompts = max(1, min(job.prompts, sampler.max_batch_size // job.group_size))
+        model = student(job)
         shape = (prompts, prompts * job.group_size, job.prompt_tokens, job.completion_tokens)
     else:
         chats = min(guidance.replies, sampler.max_batch_size)
+        own = sampler.pretrained
+        model = reference(job) if own is None else named_model(own, job)
         shape = (chats, chats, guidance.prompt_tokens, guidance.reply_tokens)
-    held = trace_sampling(job, sampler.pretrained or job.pretrained, *shape)
+    held = trace_sampling(job, model, *shape)
     if job.strategy == "fsdp2":  # the policy's, or the reference's; the policy's until the update
         held[GATHERED] = sizes.parameters * (2 if job.mixed else 4)
     return held

@@ -100,6 +100,12 @@ def named_model(name: str, job: Job) -> Any:
     return student(job) if name == job.pretrained else _without_data(name, job, torch.float32)
 
 
+def reference(job: Job) -> Any:
+    """The frozen reference: without LoRA a model of its own, in the precision that computes."""
+    compute = torch.bfloat16 if job.mixed else torch.float32
+    return student(job) if job.lora else _without_data(job.pretrained, job, compute)
+
+
 def student(job: Job) -> Any:
     """The student without data, as ``ThinkTuningModule.configure_model`` prepares it.
 

@@ -12,11 +12,18 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
+from thinktuning.engines.decoding import draw_tokens
+from thinktuning.engines.kv_cache import decoding_cache
 from thinktuning.objective import policy_loss
 from thinktuning.plan.job import Job
-from thinktuning.plan.model import give_shapes, named_model, student, trained_parameters
+from thinktuning.plan.model import give_shapes, student, trained_parameters
 from thinktuning.plan.peak import Bytes, PeakMemory
-from thinktuning.policy import base_of, completion_logprobs, transformer_blocks
+from thinktuning.policy import (
+    base_of,
+    completion_logprobs,
+    rounded_weights,
+    transformer_blocks,
+)
 from thinktuning.types import PolicyInputs
 
 WEIGHTS = "policy weights"
@@ -24,13 +31,14 @@ GRADIENTS = "gradients"
 ACTIVATIONS = "activations"
 LOGITS = "logits"
 BACKWARD = "temporaries of the backward"
+ROUNDED = "rounded weights"
+PACKED = "weights packed for the CPU"
 CACHE = "KV cache"
 DECODING = "temporaries of decoding"
 
 
 @contextmanager
 def _computing(job: Job) -> Iterator[None]:
-    # Without a cache, as Lightning's: every use of a weight rounds it again.
     with torch.autocast("cpu", torch.bfloat16, enabled=job.mixed, cache_enabled=False):
         yield
 
@@ -40,7 +48,7 @@ def trace_update(job: Job, rollouts: int) -> Bytes:
 
     Gradients of earlier micro-batches are there, unless one is the whole mini-batch. With FSDP2 the
     whole weights are counted, and gradients outside of the blocks only: the others are reduced one
-    block at a time.
+    block at a time. Rollouts of a micro-batch are of as few prompts as may be.
 
     Args:
         job: Lengths, model and objective.
@@ -59,20 +67,24 @@ def trace_update(job: Job, rollouts: int) -> Bytes:
                 parameter.grad = None
 
         for parameter in trained_parameters(model.parameters()):
-            if rollouts < job.rows and parameter not in reduced:
-                parameter.grad = torch.zeros_like(parameter)
-                memory.hold(GRADIENTS, [parameter.grad])
             parameter.register_post_accumulate_grad_hook(arrived)
         head = base_of(model).get_output_embeddings()  # type: ignore[operator]
         head.register_forward_pre_hook(lambda *_: _enter(memory, LOGITS))
-        memory.peak.clear()
-        memory.phase = ACTIVATIONS
-        with _computing(job):
-            micro = _inputs(job, rollouts)
-            scores = completion_logprobs(model, micro)
-            loss = policy_loss(replace(micro, logprobs=scores.logprobs), job.objective).loss
-            memory.phase = BACKWARD
-            loss.backward()
+        memory.phase = ROUNDED
+        with _computing(job), rounded_weights(model) as sums:
+            # The first of several leaves its gradients to the others.
+            for _ in range(1 if rollouts >= job.rows else 2):
+                memory.hold(GRADIENTS, sums.tensors)
+                memory.peak.clear()
+                memory.phase = ACTIVATIONS
+                micro = _inputs(job, rollouts)
+                scores = completion_logprobs(
+                    model, micro, 1.0, job.scoring, _prompts(job, rollouts)
+                )
+                loss = policy_loss(replace(micro, logprobs=scores.logprobs), job.objective).loss
+                memory.phase = BACKWARD
+                loss.backward()
+                del micro, scores, loss
     return memory.peak
 
 
@@ -96,25 +108,33 @@ def _inputs(job: Job, rollouts: int) -> PolicyInputs:
     )
 
 
+def _prompts(job: Job, rollouts: int) -> tuple[Tensor, Tensor]:
+    prompts = -(-rollouts // job.group_size)
+    return torch.zeros(prompts, dtype=torch.long), torch.zeros(rollouts, dtype=torch.long)
+
+
 @torch.no_grad()
 def trace_sampling(
-    job: Job, name: str, prompts: int, completions: int, prompt_tokens: int, new_tokens: int
+    job: Job, model: Any, prompts: int, completions: int, prompt_tokens: int, new_tokens: int
 ) -> Bytes:
-    """Peak of the Transformers engine over one batch, without the weights.
+    """Peak of the Transformers engine over one batch, without the weights that it is given.
 
     Args:
-        job: Precision and attention.
-        name: The model.
+        job: Precision, and the kind of device.
+        model: Without data.
         prompts: Read at a time.
         completions: Decoded at a time.
         prompt_tokens: Of every prompt.
         new_tokens: Of every completion.
     """
-    model = named_model(name, job)
     with FakeTensorMode():
         give_shapes(model)
-        with PeakMemory(DECODING) as memory, _computing(job):
+        with PeakMemory(ROUNDED) as memory, _computing(job), rounded_weights(model):
             memory.hold(WEIGHTS, model.parameters())
+            rounded = memory.live[ROUNDED]
+            memory.phase = DECODING
+            linears = [m.weight for m in model.modules() if type(m) is nn.Linear]
+            packed = 0 if job.gpu else sum(weight.nbytes for weight in linears)
             config: Any = base_of(model).config
             read: Any = DynamicCache(config=config)
             model(
@@ -126,7 +146,7 @@ def trace_sampling(
             )
             one = [[t[:1, :, :1].clone() for t in (x.keys, x.values)] for x in read.layers]
             del read
-            cache: Any = DynamicCache(config=config)
+            cache: Any = decoding_cache(config)
             length = prompt_tokens + new_tokens - 1
             for i, states in enumerate(one):
                 keys, values = (state.repeat(completions, 1, length - 1, 1) for state in states)
@@ -138,15 +158,14 @@ def trace_sampling(
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
-            _draw(logits.float())
-            kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    return Bytes({CACHE: kept, DECODING: memory.peak[DECODING] - kept})
-
-
-def _draw(logits: Tensor) -> None:
-    """What the engine computes to draw a token of every row; see ``engines.transformers``."""
-    logprobs = torch.log_softmax(logits / 1.0, dim=-1)
-    logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
+            draw_tokens(logits.float(), [0.5] * completions, temperature=1.0)
+            kept = sum(
+                states.untyped_storage().nbytes()
+                for layer in cache.layers
+                for states in (layer.keys, layer.values)
+            )
+    decoding = memory.peak[DECODING] - kept
+    return Bytes({ROUNDED: rounded, PACKED: packed, CACHE: kept, DECODING: decoding})
 
 
 @dataclass(frozen=True)

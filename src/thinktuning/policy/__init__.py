@@ -1,5 +1,6 @@
 """Models: loading them, prompting them, and asking them for logprobs."""
 
+from thinktuning.policy.attention import GROUPED
 from thinktuning.policy.loading import (
     end_of_turn_ids,
     load_generation_config,
@@ -8,7 +9,7 @@ from thinktuning.policy.loading import (
     read_config,
     resolve,
 )
-from thinktuning.policy.logprobs import TokenScores, completion_logprobs
+from thinktuning.policy.logprobs import PLAIN, Scoring, TokenScores, completion_logprobs, suitable
 from thinktuning.policy.lora import LoraSettings, load_base, with_adapters, without_adapters
 from thinktuning.policy.parallel import (
     gather,
@@ -17,12 +18,16 @@ from thinktuning.policy.parallel import (
     shard,
     transformer_blocks,
 )
+from thinktuning.policy.precision import packed_linears, rounded_weights
 from thinktuning.policy.prompts import Message, completion_text, render_prompt
 from thinktuning.policy.weights import base_of, is_frozen, is_transposed, named_weights, whole
 
 __all__ = [
+    "GROUPED",
+    "PLAIN",
     "LoraSettings",
     "Message",
+    "Scoring",
     "TokenScores",
     "base_of",
     "completion_logprobs",
@@ -36,12 +41,15 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "named_weights",
+    "packed_linears",
     "read_config",
     "recompute_activations",
     "release",
     "render_prompt",
     "resolve",
+    "rounded_weights",
     "shard",
+    "suitable",
     "transformer_blocks",
     "whole",
     "with_adapters",

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from thinktuning.errors import InputError
+from thinktuning.policy.attention import GROUPED
 from thinktuning.policy.embedded import EMBEDDED, embedded_model
 
 _UNLOADABLE = (
@@ -35,7 +36,7 @@ _FAST_ROWS = 32  # outputs that the kernel for AVX512-BF16 computes together
 def load_model(
     name: str,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
-    attention: str = "sdpa",
+    attention: str = GROUPED,
     quantization: Literal["4bit", "8bit"] | None = None,
 ) -> PreTrainedModel:
     """A causal language model in eval mode, so that dropout never blurs a probability.

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from thinktuning.errors import InputError
+from thinktuning.policy.attention import GROUPED
 from thinktuning.policy.loading import load_model
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def load_base(
     name: str,
     base: Base,
     compute_dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
+    attention: str = GROUPED,
 ) -> PreTrainedModel:
     """The weights that adapters are put on; see ``load_model``.
 

@@ -1,0 +1,269 @@
+"""A batch of completions in the making: a row leaves it when it ends, and others may join."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+
+from thinktuning.engines.base import Completion, SamplingParams
+from thinktuning.engines.grammar import GrammarMasks
+from thinktuning.engines.kv_cache import RoomyLayer, decoding_cache
+
+_BLOCK = 256
+"""Tokens whose probabilities are added up before they are looked at one by one."""
+
+
+@dataclass
+class Row:
+    """A completion in the making.
+
+    Attributes:
+        number: Its place among the completions that were asked for.
+        uniforms: All random numbers that it will ever need; none where it is decoded greedily.
+        token_ids: Drawn so far.
+        logprobs: Of these, in nats.
+    """
+
+    number: int
+    uniforms: list[float]
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def completion(self, params: SamplingParams) -> Completion:
+        """The row as it is at its end."""
+        stopped = self.token_ids[-1] in params.stop_ids
+        return Completion(
+            tuple(self.token_ids), tuple(self.logprobs), "stop" if stopped else "length"
+        )
+
+
+Group = tuple[Sequence[int], Sequence[Row]]
+"""A prompt and its completions."""
+
+
+def new_row(number: int, seed: int, params: SamplingParams) -> Row:
+    """A row whose random numbers come from its seed alone."""
+    if params.temperature == 0:
+        return Row(number, [])
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(params.max_new_tokens, generator=generator, dtype=torch.float64)
+    return Row(number, drawn.tolist())
+
+
+@dataclass
+class Prefix:
+    """Tokens that prompts begin with, and what the model has read of them.
+
+    Attributes:
+        token_ids: At least one.
+        cache: Of one row.
+    """
+
+    token_ids: list[int]
+    cache: DynamicCache
+
+    @property
+    def can_change(self) -> bool:
+        """It can be cut, and rows behind it can join others: every layer sees all tokens."""
+        return all(isinstance(layer, RoomyLayer) for layer in self.cache.layers)
+
+
+def read_prefix(
+    model: PreTrainedModel, token_ids: Sequence[int], known: Prefix | None = None
+) -> Prefix:
+    """Read the tokens, as far as ``known``, which is used up, doesn't hold them already."""
+    cache = decoding_cache(model.config)
+    read = 0
+    if known is not None and known.can_change:
+        cache, read = known.cache, common_length([known.token_ids, token_ids])
+        if read < len(known.token_ids):
+            cache.crop(read - len(known.token_ids))
+    if read < len(token_ids):
+        ids = torch.tensor([list(token_ids[read:])], device=_device(model))
+        places = torch.arange(read, len(token_ids), device=_device(model))[None]
+        model(
+            input_ids=ids,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return Prefix(list(token_ids), cache)
+
+
+def common_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Tokens that all sequences begin with."""
+    first, *others = sequences
+    for i, token in enumerate(first):
+        if any(len(other) <= i or other[i] != token for other in others):
+            return i
+    return len(first)
+
+
+@dataclass
+class Batch:
+    """Rows that are decoded together; prompts end in one column.
+
+    Attributes:
+        rows: R of them.
+        logits: Float [R, V], of each row's next token.
+        cache: Of L columns.
+        mask: bool [R, L]; False on padding, which stands at the left.
+        places: int64 [R], of each row's next token in its own text.
+    """
+
+    rows: list[Row]
+    logits: Tensor
+    cache: DynamicCache
+    mask: Tensor
+    places: Tensor
+
+    @property
+    def joinable(self) -> bool:
+        """Rows of another batch can join: every layer sees all tokens."""
+        return all(isinstance(layer, RoomyLayer) for layer in self.cache.layers)
+
+    def join(self, other: "Batch") -> None:
+        """Take the rows of a batch of the same model."""
+        columns = max(self.mask.shape[1], other.mask.shape[1])
+        masks = [pad(b.mask, (columns - b.mask.shape[1], 0)) for b in (self, other)]
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            assert isinstance(mine, RoomyLayer) and isinstance(theirs, RoomyLayer)
+            mine.join(theirs)
+        self.rows = self.rows + other.rows
+        self.logits = torch.cat([self.logits, other.logits])
+        self.mask = torch.cat(masks)
+        self.places = torch.cat([self.places, other.places])
+
+    def draw(self, params: SamplingParams, grammar: GrammarMasks | None) -> Tensor:
+        """Give every row its next token, and drop the rows that this ends.
+
+        Returns:
+            The drawn tokens, int64 [R], of the rows that are left.
+        """
+        logits = self.logits.float()
+        numbers = [row.number for row in self.rows]
+        if grammar is not None:
+            grammar.apply(logits, numbers)
+        uniforms = None
+        if params.temperature > 0:
+            uniforms = [row.uniforms[len(row.token_ids)] for row in self.rows]
+        tokens, logprobs = draw_tokens(logits, uniforms, params.temperature)
+        drawn = tokens.tolist()
+        if grammar is not None:
+            grammar.accept(drawn, numbers)
+        for row, token, logprob in zip(self.rows, drawn, logprobs.tolist(), strict=True):
+            row.token_ids.append(token)
+            row.logprobs.append(logprob)
+        going = [
+            place
+            for place, (row, token) in enumerate(zip(self.rows, drawn, strict=True))
+            if token not in params.stop_ids and len(row.token_ids) < params.max_new_tokens
+        ]
+        if len(going) < len(self.rows):
+            self.rows = [self.rows[place] for place in going]
+            tokens = self._keep(going, tokens)
+        return tokens
+
+    def _keep(self, going: list[int], tokens: Tensor) -> Tensor:
+        kept = torch.tensor(going, dtype=torch.long, device=tokens.device)
+        self.mask, self.places = self.mask[kept], self.places[kept]
+        if going:
+            self.cache.batch_select_indices(kept)
+        return tokens[kept]
+
+    def read(self, model: PreTrainedModel, tokens: Tensor) -> None:
+        """Let the model read one more token of every row, int64 [R]."""
+        self.mask = pad(self.mask, (0, 1), value=True)
+        self.logits = model(
+            input_ids=tokens[:, None],
+            attention_mask=self.mask,
+            position_ids=self.places[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        self.places = self.places + 1
+
+
+def read_prompts(
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    prefix: Prefix | None,
+) -> Batch:
+    """Read every prompt once for all its rows.
+
+    Args:
+        model: Whose weights are used.
+        groups: Prompts and their rows.
+        prefix: What they all begin with, and go on behind; stays as it is.
+    """
+    prompts = [prompt for prompt, _ in groups]
+    shared = 0 if prefix is None else len(prefix.token_ids)
+    cache = decoding_cache(model.config)
+    if prefix is not None:
+        cache = deepcopy(prefix.cache)
+        cache.batch_repeat_interleave(len(prompts))
+    longest = max(len(p) for p in prompts) - shared
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros(len(prompts), shared + longest, dtype=torch.bool)
+    mask[:, :shared] = True
+    for i, prompt in enumerate(prompts):
+        rest = list(prompt[shared:])
+        ids[i, longest - len(rest) :] = torch.tensor(rest)
+        mask[i, shared + longest - len(rest) :] = True
+    ids, mask = ids.to(_device(model)), mask.to(_device(model))
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, shared:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    owner = torch.tensor([i for i, (_, rows) in enumerate(groups) for _ in rows], device=ids.device)
+    cache.batch_select_indices(owner)
+    mask = mask[owner]
+    rows = [row for _, own in groups for row in own]
+    return Batch(rows, logits[owner], cache, mask, mask.sum(dim=1))
+
+
+def draw_tokens(
+    logits: Tensor, uniforms: list[float] | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The next token of each row of fp32 logits [R, V], by inverting the CDF, and its logprob.
+
+    The logits are used up.
+    """
+    if uniforms is not None and temperature != 1:
+        logits.div_(temperature)
+    logits.sub_(logits.amax(dim=-1, keepdim=True))
+    if uniforms is None:
+        tokens = logits.argmax(dim=-1, keepdim=True)
+        normalizer = logits.logsumexp(dim=-1, keepdim=True)
+        return tokens[:, 0], (logits.gather(1, tokens) - normalizer)[:, 0]
+    # Sums of blocks first, then inside of one block: a running sum over all tokens is slow.
+    shares = pad(logits.exp(), (0, -logits.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    sums = shares.sum(dim=-1).double().cumsum(dim=-1)
+    drawn = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None]
+    place = drawn * sums[:, -1:]
+    block = _first_above(sums, place)
+    start = (sums - sums.diff(dim=-1, prepend=torch.zeros_like(place))).gather(1, block)
+    inside = shares.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0]
+    tokens = block * _BLOCK + _first_above(inside.cumsum(-1, dtype=torch.float64), place - start)
+    return tokens[:, 0], (logits.gather(1, tokens) - sums[:, -1:].log().float())[:, 0]
+
+
+def _first_above(sums: Tensor, place: Tensor) -> Tensor:
+    """Where running sums [R, N] first exceed each row's place [R, 1], or the end by a hair: always
+    where something was added.
+    """
+    end = sums[:, -1:].nextafter(torch.zeros_like(place))
+    return torch.searchsorted(sums, place.minimum(end), right=True)
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    return next(model.parameters()).device
