@@ -262,6 +262,38 @@ def test_sft_teaches_the_gold_solutions(untrained, questions, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_that_compute_in_bfloat16_add_up_their_gradients(
+    untrained, questions, tmp_path, strategy
+):
+    mixed = [*SGD, "--data.limit=8", "--trainer.precision=bf16-mixed", "--trainer.max_steps=2"]
+    mixed += ["--model.micro_batch_size=1"]
+    main(arguments("sft", untrained, questions, tmp_path / "one", *mixed))
+    ranks = ["--trainer.devices=2", f"--trainer.strategy={strategy}"]
+    two = arguments("sft", untrained, questions, tmp_path / "two", *mixed, *ranks)
+    (tmp_path / "runs.json").write_text(json.dumps([two]))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    driver = Path(__file__).with_name("ranks.py")
+    done = run([sys.executable, *launch, str(driver), str(tmp_path / "runs.json")], timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    from thinktuning.checkpointing import AtomicCheckpointIO
+
+    start = AutoModelForCausalLM.from_pretrained(untrained).state_dict()
+    one, two = (
+        AtomicCheckpointIO().load_checkpoint(
+            tmp_path / name / "version_0" / "checkpoints" / "last.ckpt"
+        )["state_dict"]
+        for name in ("one", "two")
+    )
+    for name, weight in start.items():
+        moved = one[f"policy.{name}"] - weight
+        difference = two[f"policy.{name}"] - one[f"policy.{name}"]
+        # Each rank alone would have moved elsewhere by about as much as both together.
+        assert difference.norm() < 0.03 * moved.norm(), name
+
+
+@pytest.mark.slow
 def test_questions_without_solutions_are_refused_before_a_model_is_loaded(
     untrained, questions, tmp_path
 ):

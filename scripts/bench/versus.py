@@ -7,8 +7,8 @@ r"""Step times of our trainer and TRL's GRPOTrainer on the same work, taking tur
 
 Each side is NAME:OPTIONS, of ``ours.py`` or, behind the word trl, of ``trl_side.py``; both say what
 options there are. Sides are processes of their own that wait while another one takes its step. The
-first two steps of each warm up. The table compares with the last side; a ratio is one of medians, with
-the lowest and highest of the ratios in one turn behind it. One JSON line per step goes to --out.
+first two steps of each warm up. The table compares with the last side; a ratio is one of medians,
+with the lowest and highest of the ratios in one turn behind it. --out gets a JSON line per step.
 """
 
 import argparse
