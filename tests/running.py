@@ -14,6 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from thinktuning.callbacks import RolloutCallback
 from thinktuning.engines import TransformersEngine
 
+CLOCKED = ("seconds/", "tokens_per_second/", "time_share/")
+"""How metrics begin that a clock has measured, and no two runs have the same of."""
+
 
 def fit_arguments(student: Path, questions: Path, root: Path, *more: str) -> list[str]:
     """A short run of a tiny student with a scripted teacher."""

@@ -14,7 +14,7 @@ import tiny
 import torch
 from conftest import INSTRUCTION, prompt_ids
 from lightning.pytorch import Callback
-from running import checkpoint, run, scalars
+from running import CLOCKED, checkpoint, run, scalars
 from transformers import AutoModelForCausalLM
 
 from thinktuning.baselines.sft import gold_response, written_end_of_turn
@@ -46,7 +46,7 @@ class Trace(Callback):
             "metrics": {
                 name: float(value).hex()
                 for name, value in outputs["metrics"].items()
-                if not name.startswith(("seconds/", "tokens_per_second/"))
+                if not name.startswith(CLOCKED)
             },
         }
         with (Path(trainer.log_dir) / "trace.jsonl").open("a") as file:

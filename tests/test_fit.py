@@ -61,7 +61,7 @@ def test_a_user_sees_scalars_samples_and_an_account(student, questions, tmp_path
         "seconds/guidance",
         "seconds/update",
         "tokens_per_second/rollout",
-        "guidance/share_of_step",
+        "time_share/guidance",
         "val/accuracy",
     ]:
         assert tag in seen, tag

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from running import CLOCKED
 
 from thinktuning.callbacks import StageObserver
 from thinktuning.types import RolloutBatch
@@ -71,7 +72,7 @@ class Trace(StageObserver):
         metrics = {
             name: float(value).hex()
             for name, value in outputs["metrics"].items()
-            if not name.startswith(("seconds/", "tokens_per_second/"))
+            if not name.startswith(CLOCKED)
         }
         row = {
             "step": rollouts.step,

@@ -127,7 +127,7 @@ class ThinkTuningModule(PolicyModule):
             seconds = metrics.seconds[name] / self.trainer.world_size
             metrics.add({f"tokens_per_second/{name}": Mean(tokens, seconds)})
         teaching = metrics.seconds.get("guidance", 0.0)
-        metrics.add({"guidance/share_of_step": Mean(teaching, metrics.seconds["step"])})
+        metrics.add({"time_share/guidance": Mean(teaching, metrics.seconds["step"])})
         return {"rollouts": rollouts, "metrics": self._log_step(rollouts.step, metrics)}
 
     def _sample(self, prompts: Sequence[Prompt]) -> RolloutBatch:
