@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ def run(
         text=True,
         timeout=timeout,
     )
+
+
+def run_on_ranks(number: int, runs: list[list[str]], folder: Path, timeout: float = 300) -> None:
+    """Run these commands one after the other on the ranks of one launch; see ``ranks.py``."""
+    listed = folder / "runs.json"
+    listed.write_text(json.dumps(runs))
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+    driver = Path(__file__).with_name("ranks.py")
+    done = run([sys.executable, *launch, str(driver), str(listed)], timeout=timeout)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def scalars(run: Path) -> dict[str, list[float]]:

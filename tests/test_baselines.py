@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import sys
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -14,7 +13,7 @@ import tiny
 import torch
 from conftest import INSTRUCTION, prompt_ids
 from lightning.pytorch import Callback
-from running import CLOCKED, checkpoint, run, scalars
+from running import CLOCKED, checkpoint, run_on_ranks, scalars
 from transformers import AutoModelForCausalLM
 
 from thinktuning.baselines.sft import gold_response, written_end_of_turn
@@ -271,11 +270,7 @@ def test_ranks_that_compute_in_bfloat16_add_up_their_gradients(
     main(arguments("sft", untrained, questions, tmp_path / "one", *mixed))
     ranks = ["--trainer.devices=2", f"--trainer.strategy={strategy}"]
     two = arguments("sft", untrained, questions, tmp_path / "two", *mixed, *ranks)
-    (tmp_path / "runs.json").write_text(json.dumps([two]))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    driver = Path(__file__).with_name("ranks.py")
-    done = run([sys.executable, *launch, str(driver), str(tmp_path / "runs.json")], timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on_ranks(2, [two], tmp_path)
 
     from thinktuning.checkpointing import AtomicCheckpointIO
 
@@ -555,11 +550,7 @@ def test_two_ranks_equal_one(solver, sums, tmp_path):
         ]
         for kind, strategy in kinds.items()
     ]
-    (tmp_path / "runs.json").write_text(json.dumps(waiting))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    driver = Path(__file__).with_name("ranks.py")
-    done = run([sys.executable, *launch, str(driver), str(tmp_path / "runs.json")], timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on_ranks(2, waiting, tmp_path)
 
     from thinktuning.checkpointing import AtomicCheckpointIO
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from running import calls, fit_arguments, run, scalars
+from running import calls, fit_arguments, run, run_on_ranks, scalars
 
 from thinktuning.cli import main
 from thinktuning.evaluation.records import ItemResult
@@ -117,11 +117,7 @@ def test_ranks_have_the_results_and_numbers_of_one(arguments, tmp_path):
         root.mkdir()
     main(arguments(one, ALL))
     more = ("--trainer.devices=2", "--trainer.strategy=ddp")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    runs = tmp_path / "runs.json"
-    runs.write_text(json.dumps([arguments(two, ALL, *more)]))
-    done = run([*launch, str(Path(__file__).parent / "ranks.py"), str(runs)], timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_on_ranks(2, [arguments(two, ALL, *more)], tmp_path)
     for strategy in ("zero_shot", "s1_budget"):
         for benchmark in ("gsm8k", "arc_challenge"):
             where = benchmark, strategy
@@ -252,19 +248,14 @@ def test_results_follow_the_judge(arguments, tmp_path):
 
 
 def test_a_rank_may_have_nothing_to_ask(arguments, questions, tmp_path):
-    runs = tmp_path / "runs.json"
     more = (
         "--trainer.devices=2",
         "--trainer.strategy=ddp",
         "--data.limit=3",
         "--data.batch_size=9",
     )
-    runs.write_text(
-        json.dumps([arguments(tmp_path, f"--data.benchmarks=[gsm8k={questions}]", *more)])
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run([*launch, str(Path(__file__).parent / "ranks.py"), str(runs)])
-    assert done.returncode == 0, done.stderr[-2000:]
+    asked = arguments(tmp_path, f"--data.benchmarks=[gsm8k={questions}]", *more)
+    run_on_ranks(2, [asked], tmp_path)
     assert len(results(items(tmp_path))) == 3
 
 

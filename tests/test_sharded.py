@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import CLOCKED, checkpoint, fit_arguments, run, scalars
+from running import CLOCKED, checkpoint, fit_arguments, run, run_on_ranks, scalars
 
 from thinktuning.checkpointing import AtomicCheckpointIO
 from thinktuning.cli import main
@@ -80,12 +80,8 @@ class Launch:
     def on_ranks(self, number: int) -> None:
         """Run what waits, on this many processes."""
         ranks = f"--trainer.devices={number}"
-        runs = self.root / f"{number}.json"
-        runs.write_text(json.dumps([[*arguments, ranks] for arguments in self.waiting]))
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
-        driver = Path(__file__).with_name("ranks.py")
-        done = run([sys.executable, *launch, str(driver), str(runs)], timeout=400)
-        assert done.returncode == 0, done.stderr[-4000:]
+        runs = [[*arguments, ranks] for arguments in self.waiting]
+        run_on_ranks(number, runs, self.root, timeout=400)
         self.waiting = []
 
     def saved(self, name: str, kind: str) -> dict[str, Any]:

@@ -171,7 +171,8 @@ class PolicyModule(LightningModule):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(self.seed, "adapters"))  # on every rank the same
                 self.policy = with_adapters(self.policy, self.lora)
-        self._choose_scoring()
+        if self._fitting():
+            self._choose_scoring()
         if self.activation_checkpointing:
             recompute_activations(self.policy)
         self._shard(self.policy)

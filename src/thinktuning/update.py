@@ -208,6 +208,10 @@ class SupervisedUpdate(Update):
         super().__init__(module, metrics)
         self.scoring = replace(self.scoring, shared_prompts=False)  # each has a prompt of its own
 
+    def trained_rows(self, mini: PolicyInputs) -> PolicyInputs:
+        """Leave out completions that have no token in the loss."""
+        return mini.rows(mini.completion_mask.any(dim=1))
+
     def loss(self, micro: PolicyInputs) -> LossOutput:
         """Mean negative logprob."""
         return supervised_loss(micro)

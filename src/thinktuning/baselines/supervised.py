@@ -35,8 +35,7 @@ class SupervisedModule(PolicyModule):
         super().__init__(optimizer=optimizer, **kwargs)
 
     def _train_on(self, rollouts: list[Rollout], metrics: StepMetrics) -> dict[str, Any]:
-        """One optimizer step on those of the rollouts that are finished; the others only fill rows,
-        since all ranks must run the same number of backward passes.
+        """One optimizer step on those of the rollouts that are finished.
 
         Returns:
             For callbacks: ``rollouts``, the RolloutBatch, and ``metrics``, what was logged.

@@ -66,19 +66,20 @@ class Prefix:
     token_ids: list[int]
     cache: DynamicCache
 
-    @property
-    def can_change(self) -> bool:
-        """It can be cut, and rows behind it can join others: every layer sees all tokens."""
-        return all(isinstance(layer, RoomyLayer) for layer in self.cache.layers)
-
 
 def read_prefix(
     model: PreTrainedModel, token_ids: Sequence[int], known: Prefix | None = None
 ) -> Prefix:
-    """Read the tokens, as far as ``known``, which is used up, doesn't hold them already."""
+    """Read the tokens, as far as ``known`` doesn't hold them already.
+
+    Args:
+        model: Whose weights are used.
+        token_ids: To be read.
+        known: Used up; its layers must all see all tokens.
+    """
     cache = decoding_cache(model.config)
     read = 0
-    if known is not None and known.can_change:
+    if known is not None:
         cache, read = known.cache, common_length([known.token_ids, token_ids])
         if read < len(known.token_ids):
             cache.crop(read - len(known.token_ids))
@@ -122,13 +123,8 @@ class Batch:
     mask: Tensor
     places: Tensor
 
-    @property
-    def joinable(self) -> bool:
-        """Rows of another batch can join: every layer sees all tokens."""
-        return all(isinstance(layer, RoomyLayer) for layer in self.cache.layers)
-
     def join(self, other: "Batch") -> None:
-        """Take the rows of a batch of the same model."""
+        """Take the rows of a batch of the same model, whose layers must all see all tokens."""
         columns = max(self.mask.shape[1], other.mask.shape[1])
         masks = [pad(b.mask, (columns - b.mask.shape[1], 0)) for b in (self, other)]
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):

@@ -71,6 +71,11 @@ def decoding_cache(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
+def sees_all(cache: DynamicCache) -> bool:
+    """Whether every layer sees all tokens, so that the cache can be cut, and joined by others."""
+    return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
+
+
 def _aligned(states: Tensor, length: int) -> Tensor:
     """With zeros before the tokens, so that there are ``length``, and with room behind them."""
     return pad(states, (0, 0, length - states.shape[-2], _ROOM))

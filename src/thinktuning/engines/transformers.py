@@ -20,6 +20,7 @@ from thinktuning.engines.decoding import (
     read_prompts,
 )
 from thinktuning.engines.grammar import GrammarCompiler, GrammarMasks
+from thinktuning.engines.kv_cache import sees_all
 from thinktuning.errors import InputError
 from thinktuning.policy import (
     gather,
@@ -145,7 +146,7 @@ class TransformersEngine(Engine):
     def _next(self, waiting: deque[Group], batch: Batch | None) -> list[Group]:
         """Take those out of ``waiting`` that are to be decoded from now on."""
         free = self.max_batch_size - (0 if batch is None else len(batch.rows))
-        if batch is not None and not (batch.joinable and 4 * free >= self.max_batch_size):
+        if batch is not None and not (sees_all(batch.cache) and 4 * free >= self.max_batch_size):
             return []
         chosen: list[Group] = []
         while waiting and (len(waiting[0][1]) <= free or (batch is None and not chosen)):
@@ -165,7 +166,7 @@ class TransformersEngine(Engine):
         if frozen and self._kept is not None and self._kept[:2] == (model, dtype):
             known, self._kept = self._kept[2], None
         prefix = read_prefix(model, prompts[0][:shared], known)
-        if frozen and prefix.can_change:
+        if frozen and sees_all(prefix.cache):
             self._kept = (model, dtype, prefix)
         return prefix
 
