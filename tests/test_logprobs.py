@@ -67,10 +67,11 @@ def net(request) -> PreTrainedModel:
     return naive.in_float64(naive.decided_model(request.param))
 
 
-@pytest.fixture(params=SCORINGS, ids=["plain", "tiled", "shared", "tiled-shared"], autouse=True)
+@pytest.fixture(params=SCORINGS, ids=["plain", "tiled", "packed", "tiled-packed"], autouse=True)
 def scoring(request, monkeypatch) -> Scoring:
-    """Every test sees every way to compute; three tokens fill a tile."""
+    """Every test sees every way to compute; three tokens fill a tile, and two tiles are kept."""
     monkeypatch.setattr("thinktuning.policy.head._TILE_BYTES", 3 * 4 * 48)
+    monkeypatch.setattr("thinktuning.policy.head._KEPT_BYTES", 2 * 3 * 8 * 48)
     return request.param
 
 
@@ -164,9 +165,7 @@ def test_entropy_has_no_gradient_and_without_grad_mode_neither_have_logprobs(net
 
 def test_half_precision_logits_are_scored_in_float32(scoring):
     net = naive.decided_model("llama").to(torch.bfloat16)
-    scores = completion_logprobs(
-        net, inputs_of(ROWS[:1]), scoring=replace(scoring, shared_prompts=False)
-    )
+    scores = completion_logprobs(net, inputs_of(ROWS[:1]), scoring=scoring)
     row = torch.tensor([[*ROWS[0][0], *ROWS[0][1]]])
     logits = net(input_ids=row, use_cache=False).logits[0, len(ROWS[0][0]) - 1 : -1]
     exact = torch.log_softmax(logits.double(), dim=-1)
@@ -231,7 +230,8 @@ def test_a_prompt_is_read_once_for_its_rows():
         lambda _, args, kwargs: read.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     completion_logprobs(net, inputs_of(ROWS), scoring=Scoring())
-    assert read == [(4, 9), (6, 6)], "four prompts of up to 9 tokens; six times 7 less the last"
+    prompts, completions = 5 + 1 + 9 + 4, 7 + 3 + 5 + 1 + 7 + 1
+    assert read == [(1, prompts + completions - 6)], "nothing is read of the last of each"
 
 
 def test_logits_of_all_tokens_exist_only_in_the_plain_way(scoring):
@@ -263,7 +263,7 @@ def test_a_model_that_does_more_with_its_logits_keeps_its_head():
     assert suitable(net, Scoring()) == Scoring(tiled_head=False)
 
 
-def test_a_model_with_a_sliding_window_reads_its_prompts_again():
+def test_a_model_with_a_sliding_window_is_not_packed():
     config = Qwen2Config(
         vocab_size=48,
         hidden_size=32,
@@ -276,7 +276,7 @@ def test_a_model_with_a_sliding_window_reads_its_prompts_again():
         max_window_layers=0,
     )
     net = AutoModelForCausalLM.from_config(config).eval()
-    assert suitable(net, Scoring()) == Scoring(shared_prompts=False)
+    assert suitable(net, Scoring()) == Scoring(packed=False)
 
 
 # ---------------------------------------------------------------- end of turn

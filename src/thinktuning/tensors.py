@@ -67,7 +67,9 @@ def split(inputs: PolicyInputs, size: int) -> Iterator[PolicyInputs]:
         yield inputs.rows(slice(start, start + size))
 
 
-def micro_batches(inputs: PolicyInputs, rows: int, tokens: int | None = None) -> list[torch.Tensor]:
+def micro_batches(
+    inputs: PolicyInputs, rows: int, tokens: int | None = None, packed: bool = False
+) -> list[torch.Tensor]:
     """Which rollouts go through the model together.
 
     Those of a prompt stand together, so that it may be read once, and the short ones with the short
@@ -76,7 +78,8 @@ def micro_batches(inputs: PolicyInputs, rows: int, tokens: int | None = None) ->
     Args:
         inputs: The rollouts; those of a prompt are neighbours.
         rows: At most so many.
-        tokens: At most so many columns times rows, unless one rollout alone has more; None: any.
+        tokens: At most so many, padding included, unless one rollout alone has more; None: any.
+        packed: There is no padding, and a prompt counts once.
 
     Returns:
         The places of each micro-batch's rollouts, int64.
@@ -90,12 +93,18 @@ def micro_batches(inputs: PolicyInputs, rows: int, tokens: int | None = None) ->
     for i, number in enumerate(runs):
         longest[number] = max(longest.get(number, 0), before[i] + behind[i])
     order = sorted(range(len(runs)), key=lambda i: (longest[runs[i]], runs[i], behind[i]))
+
+    def size(batch: list[int]) -> int:
+        if packed:
+            prompts = {runs[k]: before[k] for k in batch}
+            return sum(prompts.values()) + sum(behind[k] for k in batch)
+        return len(batch) * (max(before[k] for k in batch) + max(behind[k] for k in batch))
+
     batches: list[list[int]] = []
     for i in order:
         grown = [*batches[-1], i] if batches else [i]
-        columns = max(before[k] for k in grown) + max(behind[k] for k in grown)
-        padding = sum(behind[i] - behind[k] for k in grown)
-        fits = len(grown) <= rows and (tokens is None or len(grown) * columns <= tokens)
+        padding = 0 if packed else sum(behind[i] - behind[k] for k in grown)
+        fits = len(grown) <= rows and (tokens is None or size(grown) <= tokens)
         if not batches or (fits and padding <= before[i] + _PASS):
             batches[-1:] = [grown]
         else:

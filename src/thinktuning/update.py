@@ -66,7 +66,6 @@ class Update(ABC):
         self.num_mini_batches = num_mini_batches
         self.temperature = temperature
         self.normalizer = normalizer
-        self.scoring = module.scoring
 
     @abstractmethod
     def loss(self, micro: PolicyInputs) -> LossOutput:
@@ -140,7 +139,12 @@ class Update(ABC):
         return int(self._over_ranks(mine, "max")) - passes
 
     def _places(self, inputs: PolicyInputs) -> list[Tensor]:
-        return micro_batches(inputs, self.module.micro_batch_size, self.module.micro_batch_tokens)
+        return micro_batches(
+            inputs,
+            self.module.micro_batch_size,
+            self.module.micro_batch_tokens,
+            self.module.scoring.packed,
+        )
 
     def _with_token_weights(self, mini: PolicyInputs) -> PolicyInputs:
         """Weigh every token by its share in the mean over this optimizer step on all ranks."""
@@ -160,7 +164,9 @@ class Update(ABC):
 
     def _backward(self, micro: PolicyInputs, backward: Callable[[Tensor], None]) -> Tensor:
         """Add a micro-batch's gradients; returns the sum of those of its logprobs, all positive."""
-        scores = completion_logprobs(self.module.policy, micro, self.temperature, self.scoring)
+        scores = completion_logprobs(
+            self.module.policy, micro, self.temperature, self.module.scoring
+        )
         if not scores.logprobs.requires_grad:
             raise LostGradientsError(_LOST)
         scores.logprobs.retain_grad()
@@ -203,10 +209,6 @@ class SupervisedUpdate(Update):
         module: Whose policy and limits they are.
         metrics: Gets the numbers of this batch.
     """
-
-    def __init__(self, module: "PolicyModule", metrics: StepMetrics) -> None:
-        super().__init__(module, metrics)
-        self.scoring = replace(self.scoring, shared_prompts=False)  # each has a prompt of its own
 
     def trained_rows(self, mini: PolicyInputs) -> PolicyInputs:
         """Leave out completions that have no token in the loss."""
@@ -254,7 +256,9 @@ class PolicyUpdate(Update):
             parts = self._places(inputs)
             for places in parts + parts[:1] * self._missing(len(parts)):
                 micro = trim(inputs.rows(places))
-                found = completion_logprobs(model, micro, self.temperature, self.scoring).logprobs
+                found = completion_logprobs(
+                    model, micro, self.temperature, self.module.scoring
+                ).logprobs
                 result[places, : found.shape[1]] = found
         return result
 

@@ -19,6 +19,7 @@ from thinktuning.plan.job import Job
 from thinktuning.plan.model import give_shapes, student, trained_parameters
 from thinktuning.plan.peak import Bytes, PeakMemory
 from thinktuning.policy import (
+    Lengths,
     base_of,
     completion_logprobs,
     rounded_weights,
@@ -79,7 +80,7 @@ def trace_update(job: Job, rollouts: int) -> Bytes:
                 memory.phase = ACTIVATIONS
                 micro = _inputs(job, rollouts)
                 scores = completion_logprobs(
-                    model, micro, 1.0, job.scoring, _prompts(job, rollouts)
+                    model, micro, 1.0, job.scoring, _lengths(job, rollouts)
                 )
                 loss = policy_loss(replace(micro, logprobs=scores.logprobs), job.objective).loss
                 memory.phase = BACKWARD
@@ -108,9 +109,15 @@ def _inputs(job: Job, rollouts: int) -> PolicyInputs:
     )
 
 
-def _prompts(job: Job, rollouts: int) -> tuple[Tensor, Tensor]:
-    prompts = -(-rollouts // job.group_size)
-    return torch.zeros(prompts, dtype=torch.long), torch.zeros(rollouts, dtype=torch.long)
+def _lengths(job: Job, rollouts: int) -> Lengths:
+    owner = [i // job.group_size for i in range(rollouts)]
+    prompts = owner[-1] + 1
+    return Lengths(
+        first=[u * job.group_size for u in range(prompts)],
+        prompts=[job.prompt_tokens] * prompts,
+        owner=owner,
+        completions=[job.completion_tokens] * rollouts,
+    )
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from thinktuning.policy.loading import (
 )
 from thinktuning.policy.logprobs import PLAIN, Scoring, TokenScores, completion_logprobs, suitable
 from thinktuning.policy.lora import LoraSettings, load_base, with_adapters, without_adapters
+from thinktuning.policy.packing import Lengths
 from thinktuning.policy.parallel import (
     gather,
     recompute_activations,
@@ -25,6 +26,7 @@ from thinktuning.policy.weights import base_of, is_frozen, is_transposed, named_
 __all__ = [
     "GROUPED",
     "PLAIN",
+    "Lengths",
     "LoraSettings",
     "Message",
     "Scoring",

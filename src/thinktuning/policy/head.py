@@ -8,14 +8,18 @@ from torch import Tensor
 _TILE_BYTES = 32 * 2**20
 """Of a tile's float32 logits. Above it, glibc gets memory from the kernel anew for every tensor."""
 
+_KEPT_BYTES = 256 * 2**20
+"""Of logits, in the model's precision, that the backward needn't compute again."""
+
 
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Logprobs of tokens under softmax(hidden @ weight.T / temperature), and its entropies.
 
-    Tiles of tokens are computed one after the other; the backward computes each tile's logits once
-    more, so that memory doesn't grow with tokens times vocabulary. Sums are float32.
+    Tiles of tokens are computed one after the other; of all but the first, the backward computes
+    the logits once more, so that memory doesn't grow with tokens times vocabulary. Sums are
+    float32.
 
     Args:
         hidden: Float [N, H].
@@ -26,19 +30,32 @@ def linear_logprobs(
     Returns:
         Float32 [N] each, nats; the entropies have no gradient.
     """
-    logprobs, entropies = _LinearLogprobs.apply(hidden, weight, targets, temperature)
+    logprobs, entropies = _LinearLogprobs.apply(
+        hidden, weight, targets, temperature, torch.is_grad_enabled()
+    )
     return logprobs, entropies
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        differentiable: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs = hidden.new_empty(len(targets), dtype=torch.float32)
         entropies, normalizers = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        ctx.kept = []
+        room = _KEPT_BYTES if differentiable else 0
         for tile in _tiles(len(targets), len(weight)):
-            logits = _logits(hidden[tile], weight, temperature)
+            product = hidden[tile] @ weight.T
+            room -= product.nbytes
+            if room >= 0:
+                ctx.kept.append(product)
+            logits = _scaled(product, temperature, copy=room >= 0)
             highest = logits.amax(dim=-1)
             logits.sub_(highest[:, None])
             shares = logits.exp()
@@ -57,8 +74,10 @@ class _LinearLogprobs(torch.autograd.Function):
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         scale = slope / ctx.temperature
+        ctx.kept.reverse()
         for tile in _tiles(len(targets), len(weight)):
-            logits = _logits(hidden[tile], weight, ctx.temperature)
+            product = ctx.kept.pop() if ctx.kept else hidden[tile] @ weight.T
+            logits = _scaled(product, ctx.temperature)
             shares = logits.sub_(normalizers[tile, None]).exp_()
             # The slope of a logit: 1 for the token itself, less its share.
             slopes = shares.mul_(-scale[tile, None])
@@ -68,11 +87,11 @@ class _LinearLogprobs(torch.autograd.Function):
                 torch.mm(slopes, weight, out=to_hidden[tile])
             if to_weight is not None:
                 to_weight.addmm_(slopes.T, hidden[tile])
-        return to_hidden, to_weight, None, None
+        return to_hidden, to_weight, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = (hidden @ weight.T).float()
+def _scaled(product: Tensor, temperature: float, copy: bool = False) -> Tensor:
+    logits = product.to(torch.float32, copy=copy)
     return logits if temperature == 1 else logits.div_(temperature)
 
 

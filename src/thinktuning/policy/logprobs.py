@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
+from thinktuning.policy.attention import GROUPED
 from thinktuning.policy.head import linear_logprobs
-from thinktuning.policy.prompt_cache import PromptCache, can_share_prompts
+from thinktuning.policy.packing import Lengths, lengths_of, pack
 from thinktuning.policy.weights import base_of
-from thinktuning.tensors import distinct_prompts
 from thinktuning.types import PolicyInputs
 
 
@@ -33,14 +35,18 @@ class Scoring:
     Attributes:
         tiled_head: Never hold the logits of all tokens: compute them tile by tile, and once more
             in the backward.
-        shared_prompts: Read a prompt once for all its rollouts in a micro-batch.
+        packed: Read a micro-batch as one row without padding, in which a prompt stands once for
+            all its rollouts. Needs ``grouped_sdpa`` attention.
     """
 
     tiled_head: bool = True
-    shared_prompts: bool = True
+    packed: bool = True
 
 
-PLAIN = Scoring(tiled_head=False, shared_prompts=False)
+_PIECE = 128
+"""Tokens whose fp32 logits are held at a time by the plain way."""
+
+PLAIN = Scoring(tiled_head=False, packed=False)
 
 
 def completion_logprobs(
@@ -48,7 +54,7 @@ def completion_logprobs(
     inputs: PolicyInputs,
     temperature: float = 1.0,
     scoring: Scoring = PLAIN,
-    prompts: tuple[Tensor, Tensor] | None = None,
+    lengths: Lengths | None = None,
 ) -> TokenScores:
     """Score every completion token given what stands before it.
 
@@ -57,47 +63,37 @@ def completion_logprobs(
         inputs: Uses ``input_ids``, ``attention_mask`` and ``completion_mask``.
         temperature: The sampling temperature: the policy that sampled is softmax(logits / T).
         scoring: How; see ``suitable``.
-        prompts: What ``distinct_prompts`` would find, where it's known.
+        lengths: What ``lengths_of`` would find, where it's known.
 
     Returns:
         Logprobs with gradient (unless grad mode is off) and entropies.
     """
     score = _Scorer(model, temperature, scoring.tiled_head)
-    ids, mask, wanted = inputs.input_ids, inputs.attention_mask, inputs.completion_mask
-    places = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    start = ids.shape[1] - wanted.shape[1]
-    if not scoring.shared_prompts:
-        scores = score(
-            ids[:, start:],
+    wanted = inputs.completion_mask
+    if scoring.packed:
+        row = pack(inputs, lengths or lengths_of(inputs))
+        found = score(
+            row.targets[None],
+            input_ids=row.ids,
+            position_ids=row.places,
+            # Models hand one with four dimensions to the attention as it is, and make none.
+            attention_mask=row.ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
+            packing=row.packing,
+            logits_to_keep=row.predicting,
+        )
+        scores = [x.new_zeros(wanted.numel()).index_copy(0, row.columns, x[0]) for x in found]
+        scores = [x.view_as(wanted) for x in scores]
+    else:
+        ids, mask = inputs.input_ids, inputs.attention_mask
+        places = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        found = score(
+            ids[:, -wanted.shape[1] :],
             input_ids=ids[:, :-1],
             attention_mask=mask[:, :-1],
             position_ids=places[:, :-1],
-            use_cache=False,
+            logits_to_keep=wanted.shape[1],
         )
-    else:
-        first, owner = prompts or distinct_prompts(ids[:, :start], mask[:, :start])
-        config: Any = base_of(model).config
-        cache = PromptCache(config)
-        begun = score(
-            ids[:, start : start + 1],
-            owner,
-            input_ids=ids[first, :start],
-            attention_mask=mask[first, :start],
-            position_ids=places[first, :start],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        # At least one column, though nothing follows it: sharded ranks must take the same passes.
-        stop = max(ids.shape[1] - 1, start + 1)
-        rest = score(
-            ids[:, start + 1 :],
-            input_ids=ids[:, start:stop],
-            attention_mask=mask[:, :stop],
-            position_ids=places[:, start:stop],
-            past_key_values=cache.before(owner),
-            use_cache=True,
-        )
-        scores = TokenScores(*(torch.cat(pair, dim=1) for pair in zip(begun, rest, strict=True)))
+        scores = list(found)
     return TokenScores(*(values.masked_fill(~wanted, 0.0) for values in scores))
 
 
@@ -110,15 +106,22 @@ def suitable(model: nn.Module, wanted: Scoring) -> Scoring:
     config: Any = base.config
     head = base.get_output_embeddings()  # type: ignore[operator]
     tiled = wanted.tiled_head and type(head) is nn.Linear and head.bias is None
-    shared = wanted.shared_prompts and can_share_prompts(config)
+    packed = wanted.packed and _can_pack(config)
     probe = _probe(config.get_text_config().vocab_size, head.weight.device)
     expected = completion_logprobs(model, probe).logprobs
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.1
-    for scoring in (Scoring(tiled, shared), Scoring(False, shared), Scoring(tiled, False)):
+    for scoring in (Scoring(tiled, packed), Scoring(False, packed), Scoring(tiled, False)):
         found = completion_logprobs(model, probe, scoring=scoring).logprobs
         if torch.allclose(found, expected, rtol=0, atol=tolerance):
             return scoring
     return PLAIN
+
+
+def _can_pack(config: Any) -> bool:
+    """Whether the attention is ours, and every layer has one that sees all tokens."""
+    layers = DynamicCache(config=config).layers
+    ours: bool = config._attn_implementation == GROUPED
+    return ours and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def _probe(vocabulary: int, device: torch.device) -> PolicyInputs:
@@ -133,43 +136,39 @@ def _probe(vocabulary: int, device: torch.device) -> PolicyInputs:
 
 @dataclass(frozen=True)
 class _Scorer:
-    """Calls a model, and scores the tokens that follow its last columns."""
+    """Calls a model, and scores the tokens that follow those whose logits it is to keep."""
 
     model: nn.Module
     temperature: float
     tiled: bool
 
-    def __call__(self, targets: Tensor, owner: Tensor | None = None, **inputs: Any) -> TokenScores:
+    def __call__(self, targets: Tensor, **inputs: Any) -> TokenScores:
         """Logprobs and entropies.
 
         Args:
-            targets: int64 [R, K], the tokens that follow the last K columns of the inputs.
-            owner: int64 [R], where the inputs are rows that several targets follow; else None.
+            targets: int64 [R, K].
             inputs: Of the model.
         """
-        return (self._tiled if self.tiled else self._whole)(targets, owner, inputs)
+        return (self._tiled if self.tiled else self._whole)(targets, inputs)
 
-    def _whole(self, targets: Tensor, owner: Tensor | None, inputs: dict[str, Any]) -> TokenScores:
-        columns = targets.shape[1]
-        logits = self.model(logits_to_keep=max(columns, 1), **inputs).logits
-        logits = logits[:, logits.shape[1] - columns :]
-        if owner is not None:
-            logits = logits[owner]
-        # Recomputed row by row in the backward: fp32 copies of [T, V] exist for one row at a time.
-        rows = [
-            checkpoint(_score_row, row, tokens, self.temperature, use_reentrant=False)
-            for row, tokens in zip(logits, targets, strict=True)
+    def _whole(self, targets: Tensor, inputs: dict[str, Any]) -> TokenScores:
+        logits = self.model(use_cache=False, **inputs).logits
+        # Recomputed piece by piece in the backward: fp32 copies exist for some tokens at a time.
+        pieces = zip(
+            logits.flatten(0, 1).split(_PIECE), targets.flatten().split(_PIECE), strict=True
+        )
+        scores = [
+            checkpoint(_score_tokens, some, tokens, self.temperature, use_reentrant=False)
+            for some, tokens in pieces
         ]
-        return TokenScores(*(torch.stack(values) for values in zip(*rows, strict=True)))
+        joined = (torch.cat(values).view_as(targets) for values in zip(*scores, strict=True))
+        return TokenScores(*joined)
 
-    def _tiled(self, targets: Tensor, owner: Tensor | None, inputs: dict[str, Any]) -> TokenScores:
+    def _tiled(self, targets: Tensor, inputs: dict[str, Any]) -> TokenScores:
         head: Any = base_of(self.model).get_output_embeddings()  # type: ignore[operator]
         entropies: list[Tensor] = []
 
         def in_place_of_logits(hidden: Tensor) -> Tensor:
-            hidden = hidden[:, hidden.shape[1] - targets.shape[1] :]
-            if owner is not None:
-                hidden = hidden.index_select(0, owner)
             logprobs, entropy = linear_logprobs(
                 hidden.flatten(0, 1), head.weight, targets.flatten(), self.temperature
             )
@@ -179,13 +178,13 @@ class _Scorer:
         # Inside of the model's forward: FSDP2 gathers the head's weight there.
         head.forward = in_place_of_logits
         try:
-            logprobs = self.model(**inputs).logits[..., 0]
+            logprobs = self.model(use_cache=False, **inputs).logits[..., 0]
         finally:
             del head.forward
         return TokenScores(logprobs, entropies[0])
 
 
-def _score_row(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _score_tokens(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).nansum(dim=-1)
