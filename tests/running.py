@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from thinktuning.callbacks import RolloutCallback
 from thinktuning.engines import TransformersEngine
 
-CLOCKED = ("seconds/", "tokens_per_second/", "time_share/")
+CLOCKED = ("seconds/", "tokens_per_second/", "time_share/", "mfu/")
 """How metrics begin that a clock has measured, and no two runs have the same of."""
 
 

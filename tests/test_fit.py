@@ -8,8 +8,10 @@ import torch
 from running import audit, checkpoint, fit_arguments, scalars
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from thinktuning import policy_module
 from thinktuning.cli import main
 from thinktuning.module import ThinkTuningModule
+from thinktuning.update import PolicyUpdate
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +63,8 @@ def test_a_user_sees_scalars_samples_and_an_account(student, questions, tmp_path
         "seconds/guidance",
         "seconds/update",
         "tokens_per_second/rollout",
+        "tokens_per_second/guidance",
+        "tokens_per_second/update",
         "time_share/guidance",
         "val/accuracy",
     ]:
@@ -85,6 +89,31 @@ def test_a_user_sees_scalars_samples_and_an_account(student, questions, tmp_path
     assert "last.ckpt" in printed
     assert "tensorboard --logdir" in printed
     assert "step 3" in printed
+    assert "mfu/update" not in seen, "nobody knows what this CPU can do"
+
+
+def test_the_share_of_the_arithmetic_where_the_devices_speed_is_known(
+    student, questions, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(policy_module, "get_available_flops", lambda device, dtype: 10**12)
+    updated, real = [], PolicyUpdate.run
+    monkeypatch.setattr(
+        PolicyUpdate, "run", lambda self, inputs: updated.append(inputs) or real(self, inputs)
+    )
+    main(fit_arguments(student(), questions, tmp_path, "--model.objective.kl_coef=0.01"))
+    weights = AutoModelForCausalLM.from_pretrained(student()).num_parameters()
+    seen = scalars(tmp_path / "version_0")
+    assert len(seen["mfu/update"]) == len(updated) == 3
+    for inputs, mfu, seconds in zip(
+        updated, seen["mfu/update"], seen["seconds/update"], strict=True
+    ):
+        flop = 0
+        for i, mask in enumerate(inputs.attention_mask):
+            prompt = int(mask.sum() - inputs.completion_mask[i].sum())
+            for place in range(int(mask.sum())):
+                if place >= prompt or i % 4 == 0:  # a prompt counts once for its four rollouts
+                    flop += 3 * (2 * weights + 4 * 2 * 48 * (place + 1))
+        assert mfu * seconds * 10**12 == pytest.approx(flop, rel=1e-4)
 
 
 def test_a_mean_over_nothing_is_not_logged(student, questions, tmp_path):

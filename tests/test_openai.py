@@ -146,6 +146,15 @@ def engine(server):
 # ---------------------------------------------------------------- requests
 
 
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [({"completion_tokens": 5}, 5), ({"completion_tokens": "5"}, 0), ({}, 0), (None, 0), ("5", 0)],
+)
+def test_tokens_are_those_that_the_server_counts(server, engine, usage, tokens):
+    server.answer = lambda body: (200, says("yes") | {"usage": usage})
+    assert engine().reply([chat("a")], PARAMS) == [Reply("yes", tokens=tokens)]
+
+
 def test_a_request_says_what_to_write_and_nothing_more(server, engine):
     asked = [{"role": "system", "content": "Be."}, *chat("Hé?")]
     assert engine().reply([asked], PARAMS) == [Reply("Hé?")]

@@ -166,8 +166,10 @@ def lengths_of(*groups: list[int], prompts: list[int]) -> PolicyInputs:
     return policy_inputs(batch, CPU)
 
 
-def places(inputs: PolicyInputs, rows: int, tokens: int | None = None) -> list[list[int]]:
-    return [batch.tolist() for batch in micro_batches(inputs, rows, tokens)]
+def places(
+    inputs: PolicyInputs, rows: int, tokens: int | None = None, packed: bool = False
+) -> list[list[int]]:
+    return [batch.tolist() for batch in micro_batches(inputs, rows, tokens, packed)]
 
 
 def test_rollouts_of_a_prompt_go_together_and_short_ones_with_short_ones():
@@ -192,6 +194,16 @@ def test_a_long_rollout_passes_alone_where_padding_would_cost_more():
     assert places(lengths_of([10, 100, 10, 10], prompts=[220]), 8) == [[0, 2, 3, 1]]
 
 
+def test_packed_rows_have_no_padding_to_avoid_and_a_prompt_once():
+    uneven = lengths_of([10, 100, 10, 10], prompts=[20])
+    assert places(uneven, 8, packed=True) == [[0, 2, 3, 1]]
+    assert places(uneven, 8, tokens=149, packed=True) == [[0, 2, 3], [1]]
+    assert places(uneven, 8, tokens=150, packed=True) == [[0, 2, 3, 1]]
+    two = lengths_of([9, 3], [2, 8], prompts=[4, 5])  # 4 + 12 and 5 + 10 tokens
+    assert places(two, 8, tokens=30, packed=True) == [[1, 0, 2], [3]]
+    assert places(two, 8, tokens=31, packed=True) == [[1, 0, 2, 3]]
+
+
 def test_no_rollouts_make_no_micro_batch():
     inputs = lengths_of([9, 3], prompts=[4])
     assert micro_batches(inputs.rows(inputs.advantages != 0), 4) == []
@@ -201,10 +213,11 @@ def test_no_rollouts_make_no_micro_batch():
     groups=st.lists(st.lists(st.integers(1, 200), min_size=2, max_size=2), min_size=1, max_size=6),
     rows=st.integers(1, 5),
     tokens=st.one_of(st.none(), st.integers(1, 500)),
+    packed=st.booleans(),
 )
-def test_every_rollout_is_in_one_micro_batch(groups, rows, tokens):
+def test_every_rollout_is_in_one_micro_batch(groups, rows, tokens, packed):
     inputs = lengths_of(*groups, prompts=[3] * len(groups))
-    found = micro_batches(inputs, rows, tokens)
+    found = micro_batches(inputs, rows, tokens, packed)
     assert sorted(torch.cat(found).tolist()) == list(range(2 * len(groups)))
     assert all(1 <= len(batch) <= rows for batch in found)
 

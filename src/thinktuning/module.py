@@ -120,14 +120,16 @@ class ThinkTuningModule(PolicyModule):
                 update = PolicyUpdate(self, metrics)
                 inputs = update.with_fixed_logprobs(policy_inputs(rollouts, self.device))
             with self._stage("update", metrics):
-                trained_tokens = update.run(inputs)
+                trained = update.run(inputs)
         metrics.add(rollout_means(rollouts))
         sampled_tokens = sum(len((r.original or r).completion_ids) for r in rollouts.rollouts)
-        for name, tokens in (("rollout", sampled_tokens), ("update", trained_tokens)):
-            seconds = metrics.seconds[name] / self.trainer.world_size
-            metrics.add({f"tokens_per_second/{name}": Mean(tokens, seconds)})
-        teaching = metrics.seconds.get("guidance", 0.0)
-        metrics.add({"time_share/guidance": Mean(teaching, metrics.seconds["step"])})
+        self._note_speed(metrics, "rollout", sampled_tokens)
+        self._note_speed(metrics, "update", trained.tokens, trained.flop)
+        if "guidance" in metrics.seconds:
+            replies = (r.guidance.tokens for r in rollouts.rollouts if r.guidance is not None)
+            self._note_speed(metrics, "guidance", sum(replies))
+            teaching = Mean(metrics.seconds["guidance"], metrics.seconds["step"])
+            metrics.add({"time_share/guidance": teaching})
         return {"rollouts": rollouts, "metrics": self._log_step(rollouts.step, metrics)}
 
     def _sample(self, prompts: Sequence[Prompt]) -> RolloutBatch:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from jsonargparse import lazy_instance
+from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.profilers import Profiler
@@ -28,6 +29,7 @@ from thinktuning.engines import (
 )
 from thinktuning.errors import InputError, too_small
 from thinktuning.metrics import StepMetrics
+from thinktuning.objective import Mean
 from thinktuning.policy import (
     GROUPED,
     LoraSettings,
@@ -221,6 +223,7 @@ class PolicyModule(LightningModule):
     def on_train_start(self) -> None:
         """Begin a new epoch where the checkpoint was made at the end of one."""
         begin_new_epoch(self.trainer)
+        self._available_flops = get_available_flops(self.device, self._compute_dtype)
 
     def _fitting(self) -> bool:
         return self.trainer.state.fn == "fit"
@@ -339,6 +342,18 @@ class PolicyModule(LightningModule):
         profiler: Profiler = self.trainer.profiler  # type: ignore[attr-defined]
         with profiler.profile(f"[stage]{name}"), metrics.timed(name):
             yield
+
+    def _note_speed(
+        self, metrics: StepMetrics, stage: str, tokens: int, flop: float | None = None
+    ) -> None:
+        """Tokens a second over all ranks and, where the device's speed is known, the share of it
+        that the model's arithmetic used: the model FLOPs utilisation.
+        """
+        seconds = metrics.seconds[stage]
+        per_second = Mean(tokens, seconds / self.trainer.world_size)
+        metrics.add({f"tokens_per_second/{stage}": per_second})
+        if flop is not None and self._available_flops is not None:
+            metrics.add({f"mfu/{stage}": Mean(flop, seconds * self._available_flops)})
 
     def _log_step(self, step: int, metrics: StepMetrics) -> dict[str, float]:
         """Log a step's numbers, each over all ranks."""

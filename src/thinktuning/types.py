@@ -74,6 +74,7 @@ class Guidance:
         skipped: Why the rollout stays unguided; None as long as nothing speaks against injection.
         closed: The length limit cut the reply off, and a second request has closed it.
         cached: The reply was read from the disk.
+        tokens: That the teacher wrote.
     """
 
     behaviors: tuple[str, ...]
@@ -82,6 +83,7 @@ class Guidance:
     skipped: str | None = None
     closed: bool = False
     cached: bool = False
+    tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -23,6 +23,8 @@ from thinktuning.objective import (
 from thinktuning.policy import (
     TokenScores,
     completion_logprobs,
+    forward_cost,
+    lengths_of,
     release,
     rounded_weights,
     whole,
@@ -40,6 +42,19 @@ _LOST = (
     "4-bit layers do that were repacked for inference. Use model.lora.base float32 or bfloat16, "
     "and report this model"
 )
+
+
+class Trained(NamedTuple):
+    """What an update has trained on.
+
+    Attributes:
+        tokens: Of completions.
+        flop: Floating-point operations that this takes; those of padding, and of what is computed a
+            second time to save memory, don't count.
+    """
+
+    tokens: int
+    flop: float
 
 
 class Update(ABC):
@@ -84,20 +99,17 @@ class Update(ABC):
             }
         )
 
-    def run(self, inputs: PolicyInputs) -> int:
-        """Take one optimizer step per mini-batch.
-
-        Returns:
-            Completion tokens that were trained on.
-        """
+    def run(self, inputs: PolicyInputs) -> Trained:
+        """Take one optimizer step per mini-batch."""
         optimizer, scheduler = self.module.optimizers(), self.module.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(scheduler, LambdaLR)
-        trained_tokens = 0
+        tokens, flop = 0, 0.0
         size = inputs.input_ids.shape[0] // self.num_mini_batches
         for number, mini in enumerate(split(inputs, size), start=1):
             weighted = self.trained_rows(self._with_token_weights(mini))
-            trained_tokens += int(weighted.completion_mask.sum())
+            tokens += int(weighted.completion_mask.sum())
+            flop += self._flop(weighted)
             signal = torch.zeros((), device=self.module.device)
             with rounded_weights(self.module.policy) as sums:
                 backward = Tensor.backward if sums else self.module.manual_backward
@@ -124,7 +136,16 @@ class Update(ABC):
         # The losses of a step's micro-batches and ranks add up to world_size times its loss, and
         # each rank counts its steps.
         self.metrics.add({"objective/loss": Mean(0.0, self.num_mini_batches)})
-        return trained_tokens
+        return Trained(tokens, flop)
+
+    def _flop(self, inputs: PolicyInputs) -> float:
+        cost, lengths = forward_cost(self.module.policy), lengths_of(inputs)
+        forward = sum(cost.flop(n) for n in lengths.prompts)
+        for owner, n in zip(lengths.owner, lengths.completions, strict=True):
+            before = lengths.prompts[owner]
+            forward += cost.flop(before + n, since=before)
+        frozen = not all(p.requires_grad for p in self.module.policy.parameters())
+        return forward * (2 if frozen else 3)
 
     def _micro_batches(self, mini: PolicyInputs, trained: PolicyInputs) -> list[PolicyInputs]:
         """As many on every rank; one that runs short takes a rollout that counts for nothing."""

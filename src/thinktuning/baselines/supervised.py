@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 
 from thinktuning.metrics import StepMetrics, mean
-from thinktuning.objective import Mean
 from thinktuning.policy_module import PolicyModule
 from thinktuning.tensors import policy_inputs
 from thinktuning.types import Rollout, RolloutBatch
@@ -45,12 +44,8 @@ class SupervisedModule(PolicyModule):
             inputs = policy_inputs(batch, self.device)
             finished = torch.tensor([r.finished for r in rollouts], device=self.device)
             mask = inputs.completion_mask & finished[:, None]
-            tokens = SupervisedUpdate(self, metrics).run(replace(inputs, completion_mask=mask))
-        seconds = metrics.seconds["update"] / self.trainer.world_size
-        metrics.add(
-            {
-                "tokens_per_second/update": Mean(tokens, seconds),
-                "length/completion": mean(len(r.completion_ids) for r in rollouts if r.finished),
-            }
-        )
+            trained = SupervisedUpdate(self, metrics).run(replace(inputs, completion_mask=mask))
+        self._note_speed(metrics, "update", trained.tokens, trained.flop)
+        lengths = mean(len(r.completion_ids) for r in rollouts if r.finished)
+        metrics.add({"length/completion": lengths})
         return {"rollouts": batch, "metrics": self._log_step(batch.step, metrics)}

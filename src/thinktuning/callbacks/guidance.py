@@ -179,7 +179,9 @@ class TeacherGuidance(RolloutCallback):
             return Guidance(names, skipped=reply.skipped)
         feedback = parse_feedback(reply.text)
         skipped = "unparsed" if feedback is None else None
-        return Guidance(names, reply.text, feedback, skipped, reply.closed, reply.cached)
+        return Guidance(
+            names, reply.text, feedback, skipped, reply.closed, reply.cached, reply.tokens
+        )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the teacher."""

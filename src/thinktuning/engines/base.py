@@ -137,7 +137,8 @@ class Engine(Teacher):
                 continue
             (completion,) = next(groups)
             text = completion_text(tokenizer, completion.token_ids)
-            replies.append(Reply(text, cut_off=completion.finish_reason == "length"))
+            cut_off = completion.finish_reason == "length"
+            replies.append(Reply(text, cut_off, tokens=len(completion.token_ids)))
         return replies
 
     def _describe(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -155,7 +155,12 @@ def _read(response: Any) -> Reply:
         raise ValueError("it sent no completion") from None
     if not isinstance(text, str | None):
         raise ValueError("it sent no text")
-    return Reply(text or "", cut_off=choice.finish_reason == "length")
+    tokens = getattr(getattr(response, "usage", None), "completion_tokens", None)
+    return Reply(
+        text or "",
+        cut_off=choice.finish_reason == "length",
+        tokens=tokens if isinstance(tokens, int) else 0,
+    )
 
 
 def _passes(status: int) -> bool:

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 from thinktuning.errors import InputError
 from thinktuning.plan.job import Job
 from thinktuning.policy import (
+    ForwardCost,
     LoraSettings,
     base_of,
+    forward_cost,
     read_config,
     recompute_activations,
     transformer_blocks,
@@ -29,37 +31,31 @@ class Sizes:
         parameters: All of them.
         trained: Those that are trained.
         largest: The biggest trained tensor.
-        linear: In matrix products of every token: all but embeddings that aren't the head too.
         root: Outside of the transformer blocks: embedding, head, last norm.
         block: Of the biggest transformer block.
         trained_block: Trained, of the biggest block.
         quantized: Of the linear layers that bitsandbytes would keep in fewer bits.
-        attention: FLOP of a token's attention for every token that it looks at.
+        forward: What reading tokens takes.
     """
 
     bytes: int
     parameters: int
     trained: int
     largest: int
-    linear: int
     root: int
     block: int
     trained_block: int
     quantized: int
-    attention: int
+    forward: ForwardCost
 
 
 def measure_model(name: str, job: Job) -> Sizes:
     """Count the weights of the student, or of another model without its adapters."""
     model = named_model(name, job)
     base: Any = base_of(model)
-    config = base.config.get_text_config()
     blocks = transformer_blocks(model)
     head = base.get_output_embeddings().weight
-    embeddings = base.get_input_embeddings().weight
     everything, trained = list(model.parameters()), trained_parameters(model.parameters())
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
     block, trained_block = (
         max(_count(select(b.parameters())) for b in blocks) for select in (list, trained_parameters)
     )
@@ -68,12 +64,11 @@ def measure_model(name: str, job: Job) -> Sizes:
         parameters=_count(everything),
         trained=_count(trained),
         largest=max((p.numel() for p in trained), default=0),
-        linear=_count(everything) - (0 if head is embeddings else embeddings.numel()),
         root=_count(everything) - sum(_count(b.parameters()) for b in blocks),
         block=block,
         trained_block=trained_block,
         quantized=_linear(base, head),
-        attention=4 * len(blocks) * heads * width,
+        forward=forward_cost(model),
     )
 
 

@@ -34,12 +34,12 @@ def work_of(job: Job, sizes: Sizes, moments: dict[str, Bytes]) -> dict[str, Work
     """The stages of a step, for completions as long as they may be."""
     rollouts = job.prompts * job.group_size
     length = job.prompt_tokens + job.completion_tokens
-    forward = rollouts * _forward(sizes, length)
+    forward = rollouts * sizes.forward.flop(length)
     stages = {
         "rollout": Work(
             tokens=job.prompts * job.prompt_tokens + rollouts * job.completion_tokens,
-            flop=rollouts * _forward(sizes, length, since=job.prompt_tokens)
-            + job.prompts * _forward(sizes, job.prompt_tokens),
+            flop=rollouts * sizes.forward.flop(length, since=job.prompt_tokens)
+            + job.prompts * sizes.forward.flop(job.prompt_tokens),
             decoded=_decoded(
                 job,
                 sizes,
@@ -54,7 +54,7 @@ def work_of(job: Job, sizes: Sizes, moments: dict[str, Bytes]) -> dict[str, Work
         length_of_reply = job.guidance.prompt_tokens + job.guidance.reply_tokens
         stages["guidance"] = Work(
             tokens=replies * length_of_reply,
-            flop=replies * _forward(sizes, length_of_reply),
+            flop=replies * sizes.forward.flop(length_of_reply),
             decoded=_decoded(
                 job,
                 sizes,
@@ -73,13 +73,7 @@ def work_of(job: Job, sizes: Sizes, moments: dict[str, Bytes]) -> dict[str, Work
     return stages
 
 
-def _forward(sizes: Sizes, length: int, since: int = 0) -> float:
-    """FLOP of reading a sequence from position ``since`` on."""
-    seen = (length * (length + 1) - since * (since + 1)) / 2
-    return 2.0 * sizes.linear * (length - since) + sizes.attention * seen
-
-
 def _decoded(job: Job, sizes: Sizes, batches: int, steps: int, cache: int) -> float:
     """Bytes read; the cache is half full on average."""
     width = 2 if job.strategy == "fsdp2" and job.mixed else 4
-    return batches * steps * (width * sizes.linear + cache / 2)
+    return batches * steps * (width * sizes.forward.linear + cache / 2)

@@ -1,5 +1,6 @@
 """Models: loading them, prompting them, and asking them for logprobs."""
 
+from thinktuning.policy.arithmetic import ForwardCost, forward_cost
 from thinktuning.policy.attention import GROUPED
 from thinktuning.policy.loading import (
     end_of_turn_ids,
@@ -11,7 +12,7 @@ from thinktuning.policy.loading import (
 )
 from thinktuning.policy.logprobs import PLAIN, Scoring, TokenScores, completion_logprobs, suitable
 from thinktuning.policy.lora import LoraSettings, load_base, with_adapters, without_adapters
-from thinktuning.policy.packing import Lengths
+from thinktuning.policy.packing import Lengths, lengths_of
 from thinktuning.policy.parallel import (
     gather,
     recompute_activations,
@@ -26,6 +27,7 @@ from thinktuning.policy.weights import base_of, is_frozen, is_transposed, named_
 __all__ = [
     "GROUPED",
     "PLAIN",
+    "ForwardCost",
     "Lengths",
     "LoraSettings",
     "Message",
@@ -35,9 +37,11 @@ __all__ = [
     "completion_logprobs",
     "completion_text",
     "end_of_turn_ids",
+    "forward_cost",
     "gather",
     "is_frozen",
     "is_transposed",
+    "lengths_of",
     "load_base",
     "load_generation_config",
     "load_model",

@@ -48,6 +48,7 @@ class Reply:
         skipped: Why there is none: ``prompt_too_long`` or ``unavailable``; else None.
         cached: It was read from the disk.
         closed: It was cut off, and a second request has closed it.
+        tokens: That the teacher wrote for it, as far as it says.
     """
 
     text: str = ""
@@ -55,6 +56,7 @@ class Reply:
     skipped: str | None = None
     cached: bool = False
     closed: bool = False
+    tokens: int = 0
 
 
 class Teacher(ABC):
@@ -150,7 +152,8 @@ def ask_in_form(
     longest = max_prompt_tokens + form.open_tokens + _TAG_TOKENS
     params = ReplyParams(form.closing_tokens, longest, form.closing_pattern)
     for (i, start), end in zip(begun.items(), teacher.reply(longer, params), strict=True):
-        replies[i] = replace(end, text=start + end.text, closed=True)
+        tokens = replies[i].tokens + end.tokens
+        replies[i] = replace(end, text=start + end.text, closed=True, tokens=tokens)
     return replies
 
 
