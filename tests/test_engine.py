@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel
 
 from thinktuning.engines import Completion, SamplingParams, TransformersEngine, derive_seed
+from thinktuning.engines.decoding import Batch
 from thinktuning.engines.kv_cache import RoomyLayer
 from thinktuning.errors import InputError
 from thinktuning.policy import completion_logprobs
@@ -417,6 +418,34 @@ def test_waiting_prompts_join_when_a_quarter_of_the_batch_is_free(net, one_by_on
     decoding = [shape for shape in shapes if shape[1] == 1]
     assert len(decoding) < steps - 5, "batches one after the other would wait for their longest"
     assert max(shape[0] for shape in decoding) == 4
+
+
+def test_rows_that_join_have_no_columns_of_those_that_have_left(net, monkeypatch):
+    lengths, real = [], Batch.read
+
+    def read(self, model, tokens):
+        real(self, model, tokens)
+        lengths.append(self.mask.shape[1])
+        assert all(layer.get_seq_length() == lengths[-1] for layer in self.cache.layers)
+
+    monkeypatch.setattr(Batch, "read", read)
+    prompts = [ids(5 + i % 4, seed=i) for i in range(24)]
+    params = SamplingParams(12, tuple(range(0, 48, 6)), 1.0)
+    found = sample(net, prompts, [[i] for i in range(24)], params, max_batch_size=4)
+    assert len(lengths) > 8 + 12
+    assert max(lengths) <= 8 + 12
+    for i, (completion,) in enumerate(found):
+        assert_same(completion, alone(net, prompts[i], i, params))
+
+
+def test_a_teachers_own_weights_are_frozen(tmp_path):
+    engine = TransformersEngine(pretrained=str(tiny.save(tmp_path / "teacher")))
+    engine.start()
+    chats = [[{"role": "user", "content": text}] for text in ("3 plus 4?", "4 plus 3?")]
+    params = ReplyParams(4, 100)
+    first = forwards(engine._model, lambda: engine.reply(chats, params))
+    again = forwards(engine._model, lambda: engine.reply(chats, params))
+    assert again == first[1:], "what both begin with was kept"
 
 
 def test_what_frozen_weights_have_read_is_kept_until_they_change():

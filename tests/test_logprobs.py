@@ -29,6 +29,7 @@ from thinktuning.policy import (
     recompute_activations,
     suitable,
 )
+from thinktuning.policy.head import linear_logprobs
 from thinktuning.types import PolicyInputs
 
 # Prompt and completion lengths of four rollouts.
@@ -69,9 +70,9 @@ def net(request) -> PreTrainedModel:
 
 @pytest.fixture(params=SCORINGS, ids=["plain", "tiled", "packed", "tiled-packed"], autouse=True)
 def scoring(request, monkeypatch) -> Scoring:
-    """Every test sees every way to compute; three tokens fill a tile, and two tiles are kept."""
+    """Every test sees every way to compute; three tokens fill a tile, and eight float64 a block."""
     monkeypatch.setattr("thinktuning.policy.head._TILE_BYTES", 3 * 4 * 48)
-    monkeypatch.setattr("thinktuning.policy.head._KEPT_BYTES", 2 * 3 * 8 * 48)
+    monkeypatch.setattr("thinktuning.policy.head._BLOCK_BYTES", 8 * 8 * 48)
     return request.param
 
 
@@ -241,6 +242,58 @@ def test_logits_of_all_tokens_exist_only_in_the_plain_way(scoring):
         completion_logprobs(net, inputs, scoring=scoring).logprobs.sum().backward()
     logits = 2 * 64 * 4096 * 4
     assert (memory.peak.total() > 2 * logits) == (not scoring.tiled_head)
+
+
+def test_gradients_in_bfloat16_are_as_good_as_those_of_whole_logits(monkeypatch):
+    monkeypatch.setattr("thinktuning.policy.head._BLOCK_BYTES", 1024 * 2 * 48)
+    torch.manual_seed(0)
+    exact = torch.randn(4096, 32).double(), torch.randn(48, 32).double()
+    targets = torch.randint(0, 48, (4096,))
+
+    def gradient(rounded: torch.dtype, tiled: bool) -> torch.Tensor:
+        hidden, weight = (x.bfloat16().to(rounded) for x in exact)
+        weight.requires_grad_()
+        if tiled:
+            logprobs, _ = linear_logprobs(hidden, weight, targets, 1.0)
+        else:
+            every = torch.log_softmax((hidden @ weight.T).to(exact[0]), dim=-1)
+            logprobs = every.gather(1, targets[:, None])[:, 0]
+        return torch.autograd.grad(logprobs.sum(), weight)[0].double()
+
+    expected = gradient(torch.float64, tiled=False)
+    tiled, whole = (
+        float((gradient(torch.bfloat16, tiled=kind) - expected).norm() / expected.norm())
+        for kind in (True, False)
+    )
+    assert tiled < 1.5 * whole < 0.01, (tiled, whole)
+
+
+def test_a_heads_own_forward_comes_back(scoring):
+    net = naive.decided_model("llama")
+    head, calls = net.lm_head, []
+    usual = head.forward
+    head.forward = wrapped = lambda hidden: calls.append(1) or usual(hidden)
+    completion_logprobs(net, inputs_of(ROWS), scoring=scoring)
+    assert head.forward is wrapped
+    net.model.norm.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        completion_logprobs(net, inputs_of(ROWS), scoring=scoring)
+    assert head.forward is wrapped
+
+
+def test_layers_keep_one_mask_for_the_backward():
+    net = naive.decided_model("llama")
+    masks = set()
+
+    def saved(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 4 and tensor.shape[1] == 1 and tensor.shape[0] == 2:
+            masks.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    rows = [(ids(9, seed=1), ids(20, seed=2)), (ids(9, seed=1), ids(22, seed=3))]
+    with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
+        completion_logprobs(net, inputs_of(rows), scoring=Scoring())
+    assert len(masks) == 1 < net.config.num_hidden_layers
 
 
 def test_what_suits_a_model_is_found_out_by_asking_it(net):

@@ -54,7 +54,15 @@ def test_weights_come_back_when_something_fails(net):
 def test_without_autocast_nothing_is_rounded(net):
     with rounded_weights(net) as sums:
         assert {p.dtype for p in net.parameters()} == {torch.float32}
-        assert not sums
+        assert not sums.needed
+
+
+def test_the_sums_themselves_become_the_gradients(net):
+    with autocast(), rounded_weights(net) as sums:
+        net(input_ids=ROW).logits.float().sum().backward()
+    places = {tensor.data_ptr() for tensor in sums.tensors}
+    sums.deliver(torch.Tensor.backward)
+    assert {p.grad.data_ptr() for p in net.parameters() if p.grad is not None} == places
 
 
 def test_gradients_of_several_passes_add_up_in_float32(net):

@@ -15,9 +15,9 @@ from typing import Any
 SYSTEM = "You solve problems in a few short steps."
 
 
-def questions(path: str, number: int) -> list[str]:
-    """The first questions of a file in GSM8K's form."""
-    return [json.loads(line)["question"] for line in Path(path).read_text().splitlines()[:number]]
+def questions(path: str) -> list[str]:
+    """Those of a file in GSM8K's form."""
+    return [json.loads(line)["question"] for line in Path(path).read_text().splitlines()]
 
 
 def reward(text: str) -> float:
@@ -31,7 +31,7 @@ class Steps:
     def __init__(self) -> None:
         self._out, sys.stdout = sys.stdout, sys.stderr  # libraries print as well
         self._started = 0.0
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # and whatever else a side counts in a step
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, its seconds added to a part of the step."""

@@ -15,8 +15,9 @@ STEPS = Steps()
 class OneByOne(TrainerCallback):
     """Takes a step when it is asked for."""
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args: Any, optimizer: Any, **kwargs: Any) -> None:
         """Wait for the first word."""
+        optimizer.step = STEPS.timed("update", optimizer.step)
         STEPS.wait()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -45,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = [
         {"prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": q}]}
-        for q in questions(options.data, 64)
+        for q in questions(options.data)
     ]
     completions = options.prompts * options.group_size
     checkpointing = {"gradient_checkpointing": False} if options.no_checkpointing else {}
@@ -75,13 +76,20 @@ def main() -> None:
         train_dataset=Dataset.from_list(rows),
         callbacks=[OneByOne()],
     )
-    trainer._generate = STEPS.timed("rollout", trainer._generate)
+    generate = STEPS.timed("rollout", trainer._generate)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        generated = generate(*args, **kwargs)
+        STEPS.seconds["tokens"] = sum(len(ids) for ids in generated[1])
+        return generated
+
+    trainer._generate = counted
     score = trainer._get_per_token_logps_and_entropies
-    before, within = STEPS.timed("logprobs", score), STEPS.timed("forward", score)
+    before, within = STEPS.timed("logprobs", score), STEPS.timed("update", score)
     trainer._get_per_token_logps_and_entropies = lambda *a, **k: (
         within if torch.is_grad_enabled() else before
     )(*a, **k)
-    trainer.accelerator.backward = STEPS.timed("backward", trainer.accelerator.backward)
+    trainer.accelerator.backward = STEPS.timed("update", trainer.accelerator.backward)
     trainer.train()
 
 

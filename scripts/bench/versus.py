@@ -1,14 +1,17 @@
 r"""Step times of our trainer and TRL's GRPOTrainer on the same work, taking turns.
 
     python3 -m venv /tmp/trl-venv
-    /tmp/trl-venv/bin/pip install torch==2.13.0 transformers==5.19.0 trl==1.16.0
+    /tmp/trl-venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+    /tmp/trl-venv/bin/pip install transformers==5.19.0 trl==1.16.0
     python scripts/bench/versus.py --data gsm8k/train.jsonl --trl /tmp/trl-venv/bin/python \
+        --work "--model /path/of/SmolLM2-135M-Instruct" \
         "ours:" "TRL:trl" "TRL, no checkpointing:trl --no_checkpointing"
 
-Each side is NAME:OPTIONS, of ``ours.py`` or, behind the word trl, of ``trl_side.py``; both say what
-options there are. Sides are processes of their own that wait while another one takes its step. The
-first two steps of each warm up. The table compares with the last side; a ratio is one of medians,
-with the lowest and highest of the ratios in one turn behind it. --out gets a JSON line per step.
+Every step has the same questions, the first --prompts of the file. Each side is NAME:OPTIONS, of
+``ours.py`` or, behind the word trl, of ``trl_side.py``; both say what options there are. Sides are
+processes of their own that wait while another one takes its step. The first steps of each warm up.
+The table compares with the last side; a ratio is one of medians, with the lowest and highest of the
+ratios in one turn behind it. --out gets a JSON line per step.
 """
 
 import argparse
@@ -38,7 +41,8 @@ class Side:
         other = words[:1] == ["trl"]
         python = arguments.trl if other else sys.executable
         script = "trl_side.py" if other else "ours.py"
-        command = [python, str(HERE / script), "--data", arguments.data, "--work", str(work)]
+        command = [python, str(HERE / script), "--data", str(work / "data.jsonl")]
+        command += ["--work", str(work), "--prompts", str(arguments.prompts)]
         command += shlex.split(arguments.work) + words[other:]
         self._log = (work / "log").open("w")
         self._process = subprocess.Popen(
@@ -80,19 +84,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="questions in GSM8K's form")
     parser.add_argument("--trl", help="the python of TRL's environment")
+    parser.add_argument("--prompts", type=int, default=2, help="questions of a step")
     parser.add_argument("--work", default="", help="options for all sides, one string")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warmups", type=int, default=2)
     parser.add_argument("--out", type=Path, help="gets a JSON line per step")
     parser.add_argument("sides", nargs="+", metavar="NAME:OPTIONS")
     arguments = parser.parse_args()
-    arguments.data = str(Path(arguments.data).resolve())
+    questions = Path(arguments.data).read_text().splitlines(keepends=True)[: arguments.prompts]
     rows: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         sides = []
         for i, described in enumerate(arguments.sides):
             (work := Path(folder) / str(i)).mkdir()
+            (work / "data.jsonl").write_text("".join(questions))
             sides.append(Side(described, arguments, work))
-        for repeat in range(-2, arguments.repeats):
+        for repeat in range(-arguments.warmups, arguments.repeats):
             for side in sides:
                 figures = side.step()
                 print(side.name, repeat, json.dumps(figures), file=sys.stderr)

@@ -65,8 +65,8 @@ class PolicyModule(LightningModule):
             included.
         micro_batch_size: Rollouts in one forward and backward pass, at most; the result doesn't
             depend on it.
-        micro_batch_tokens: Tokens in one such pass, padding included, at most; null: any number.
-            Rollouts of similar length go together.
+        micro_batch_tokens: Tokens in one such pass at most; null: any number. Packed, a prompt
+            counts once; else padding counts too, and rollouts of similar length go together.
         optimizer: A torch optimizer class and its arguments.
         warmup_steps: Batches over which the learning rate rises from 0; constant after.
         max_grad_norm: Gradients are clipped to this norm; null doesn't clip.
@@ -342,6 +342,8 @@ class PolicyModule(LightningModule):
         profiler: Profiler = self.trainer.profiler  # type: ignore[attr-defined]
         with profiler.profile(f"[stage]{name}"), metrics.timed(name):
             yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # what a stage has begun counts as its own
 
     def _note_speed(
         self, metrics: StepMetrics, stage: str, tokens: int, flop: float | None = None

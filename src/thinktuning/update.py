@@ -44,7 +44,7 @@ _LOST = (
 )
 
 
-class Trained(NamedTuple):
+class Work(NamedTuple):
     """What an update has trained on.
 
     Attributes:
@@ -99,7 +99,7 @@ class Update(ABC):
             }
         )
 
-    def run(self, inputs: PolicyInputs) -> Trained:
+    def run(self, inputs: PolicyInputs) -> Work:
         """Take one optimizer step per mini-batch."""
         optimizer, scheduler = self.module.optimizers(), self.module.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
@@ -112,7 +112,7 @@ class Update(ABC):
             flop += self._flop(weighted)
             signal = torch.zeros((), device=self.module.device)
             with rounded_weights(self.module.policy) as sums:
-                backward = Tensor.backward if sums else self.module.manual_backward
+                backward = Tensor.backward if sums.needed else self.module.manual_backward
                 for micro in self._micro_batches(mini, weighted):
                     signal += self._backward(micro, backward)
             sums.deliver(self.module.manual_backward)
@@ -136,7 +136,7 @@ class Update(ABC):
         # The losses of a step's micro-batches and ranks add up to world_size times its loss, and
         # each rank counts its steps.
         self.metrics.add({"objective/loss": Mean(0.0, self.num_mini_batches)})
-        return Trained(tokens, flop)
+        return Work(tokens, flop)
 
     def _flop(self, inputs: PolicyInputs) -> float:
         cost, lengths = forward_cost(self.module.policy), lengths_of(inputs)

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from thinktuning.engines.base import Completion, SamplingParams
 from thinktuning.engines.grammar import GrammarMasks
-from thinktuning.engines.kv_cache import RoomyLayer, decoding_cache
+from thinktuning.engines.kv_cache import RoomyLayer, decoding_cache, sees_all
 
 _BLOCK = 256
 """Tokens whose probabilities are added up before they are looked at one by one."""
@@ -167,8 +167,15 @@ class Batch:
 
     def _keep(self, going: list[int], tokens: Tensor) -> Tensor:
         kept = torch.tensor(going, dtype=torch.long, device=tokens.device)
-        self.mask, self.places = self.mask[kept], self.places[kept]
-        if going:
+        self.places = self.places[kept]
+        self.mask = self.mask[kept]
+        start = int(self.mask.int().argmax(dim=1).min()) if going and sees_all(self.cache) else 0
+        if start:  # columns of rows that have left: with rows joining they'd never end
+            self.mask = self.mask[:, start:]
+            for layer in self.cache.layers:
+                assert isinstance(layer, RoomyLayer)
+                layer.keep(kept, start)
+        elif going:
             self.cache.batch_select_indices(kept)
         return tokens[kept]
 
@@ -254,11 +261,11 @@ def draw_tokens(
 
 
 def _first_above(sums: Tensor, place: Tensor) -> Tensor:
-    """Where running sums [R, N] first exceed each row's place [R, 1], or the end by a hair: always
-    where something was added.
+    """Where running sums [R, N] first exceed each row's place [R, 1], moved inside by a hair where
+    rounding has put it out: always where something was added.
     """
     end = sums[:, -1:].nextafter(torch.zeros_like(place))
-    return torch.searchsorted(sums, place.minimum(end), right=True)
+    return torch.searchsorted(sums, place.clamp(min=0).minimum(end), right=True)
 
 
 def _device(model: PreTrainedModel) -> torch.device:

@@ -74,6 +74,7 @@ class TransformersEngine(Engine):
             dtype="auto" if on_gpu else torch.float32,
             quantization=self.quantization,
         )
+        model.requires_grad_(False)
         if on_gpu and self.quantization is None:
             model.to(torch.device("cuda"))  # type: ignore[arg-type]
         self.load_weights(model, load_tokenizer(self.pretrained))

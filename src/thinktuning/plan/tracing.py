@@ -22,6 +22,7 @@ from thinktuning.policy import (
     Lengths,
     base_of,
     completion_logprobs,
+    possible,
     rounded_weights,
     transformer_blocks,
 )
@@ -79,9 +80,9 @@ def trace_update(job: Job, rollouts: int) -> Bytes:
                 memory.peak.clear()
                 memory.phase = ACTIVATIONS
                 micro = _inputs(job, rollouts)
-                scores = completion_logprobs(
-                    model, micro, 1.0, job.scoring, _lengths(job, rollouts)
-                )
+                scoring = possible(model, job.scoring)
+                lengths = _lengths(job, rollouts)
+                scores = completion_logprobs(model, micro, 1.0, scoring, lengths)
                 loss = policy_loss(replace(micro, logprobs=scores.logprobs), job.objective).loss
                 memory.phase = BACKWARD
                 loss.backward()

@@ -10,7 +10,14 @@ from thinktuning.policy.loading import (
     read_config,
     resolve,
 )
-from thinktuning.policy.logprobs import PLAIN, Scoring, TokenScores, completion_logprobs, suitable
+from thinktuning.policy.logprobs import (
+    PLAIN,
+    Scoring,
+    TokenScores,
+    completion_logprobs,
+    possible,
+    suitable,
+)
 from thinktuning.policy.lora import LoraSettings, load_base, with_adapters, without_adapters
 from thinktuning.policy.packing import Lengths, lengths_of
 from thinktuning.policy.parallel import (
@@ -48,6 +55,7 @@ __all__ = [
     "load_tokenizer",
     "named_weights",
     "packed_linears",
+    "possible",
     "read_config",
     "recompute_activations",
     "release",

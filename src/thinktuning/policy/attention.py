@@ -61,6 +61,8 @@ def grouped_attention(
             position_bias=position_bias,
             **options,
         )
+    if attention_mask is not None and query.shape[2] > 1:
+        attention_mask = attention_mask.repeat(1, 1, query.shape[1] // key.shape[1], 1)
     attended = _grouped(query, key, value, attention_mask, scaling, dropout)
     return attended.transpose(1, 2).contiguous(), None
 
@@ -73,11 +75,9 @@ def _grouped(
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
-    """As above, but [B, Hq, L, D]."""
+    """As above, but [B, Hq, L, D], and with a mask of all queries in line or of one row."""
     batch, heads, length, width = query.shape
     groups = heads // key.shape[1]
-    if mask is not None and length > 1:
-        mask = mask.repeat(1, 1, groups, 1)
     attended = nn.functional.scaled_dot_product_attention(
         query.reshape(batch, key.shape[1], groups * length, width),
         key,
@@ -101,20 +101,21 @@ def _packed(
     queries, keys, values = (
         states[0].transpose(0, 1).split(packing.lengths) for states in (query, key, value)
     )
-    attended = list(queries)  # an empty piece stays as it is
+    groups = query.shape[1] // key.shape[1]
+    attended: dict[int, Tensor] = {}
     for part in packing.parts:
         known = list(zip(part.pieces, part.before, strict=True))
         found = _grouped(
             _padded([queries[i] for i in part.pieces]),
             _padded([_behind(keys, before, i) for i, before in known]),
             _padded([_behind(values, before, i) for i, before in known]),
-            part.mask,
+            part.bias(groups, query.dtype),
             scaling,
             dropout,
         )
         for i, row in zip(part.pieces, found.transpose(1, 2).unbind(0), strict=True):
             attended[i] = row[: packing.lengths[i]]
-    return torch.cat(attended)[None]
+    return torch.cat([attended[i] for i in sorted(attended)])[None]
 
 
 def _behind(pieces: Sequence[Tensor], before: int | None, i: int) -> Tensor:

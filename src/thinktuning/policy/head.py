@@ -1,4 +1,4 @@
-"""Logprobs from hidden states, without logits of all tokens at any time."""
+"""Logprobs from hidden states, with the logits of a limited number of tokens at a time."""
 
 from typing import Any
 
@@ -8,8 +8,9 @@ from torch import Tensor
 _TILE_BYTES = 32 * 2**20
 """Of a tile's float32 logits. Above it, glibc gets memory from the kernel anew for every tensor."""
 
-_KEPT_BYTES = 256 * 2**20
-"""Of logits, in the model's precision, that the backward needn't compute again."""
+_BLOCK_BYTES = 256 * 2**20
+"""Of a block's logits in the model's precision: the backward has one block at a time, and needn't
+compute the first one again. Gradients of the weight are rounded once a block."""
 
 
 def linear_logprobs(
@@ -17,9 +18,8 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Logprobs of tokens under softmax(hidden @ weight.T / temperature), and its entropies.
 
-    Tiles of tokens are computed one after the other; of all but the first, the backward computes
-    the logits once more, so that memory doesn't grow with tokens times vocabulary. Sums are
-    float32.
+    Memory doesn't grow with tokens times vocabulary: logits exist for a tile of tokens in float32,
+    and for a block of tiles in the model's precision.
 
     Args:
         hidden: Float [N, H].
@@ -48,14 +48,11 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs = hidden.new_empty(len(targets), dtype=torch.float32)
         entropies, normalizers = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        ctx.kept = []
-        room = _KEPT_BYTES if differentiable else 0
-        for tile in _tiles(len(targets), len(weight)):
-            product = hidden[tile] @ weight.T
-            room -= product.nbytes
-            if room >= 0:
-                ctx.kept.append(product)
-            logits = _scaled(product, temperature, copy=room >= 0)
+        kept = hidden[: _fitting(_BLOCK_BYTES, weight) if differentiable else 0] @ weight.T
+        for tile in _runs(len(targets), _fitting(_TILE_BYTES, weight, torch.float32.itemsize)):
+            known = kept[tile]
+            product = known if len(known) == len(targets[tile]) else hidden[tile] @ weight.T
+            logits = _scaled(product, temperature)
             highest = logits.amax(dim=-1)
             logits.sub_(highest[:, None])
             shares = logits.exp()
@@ -64,7 +61,7 @@ class _LinearLogprobs(torch.autograd.Function):
             entropies[tile] = total.log() - torch.linalg.vecdot(shares, logits) / total
             normalizers[tile] = highest + total.log()
         ctx.save_for_backward(hidden, weight, targets, normalizers)
-        ctx.temperature = temperature
+        ctx.kept, ctx.temperature = kept, temperature
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
@@ -74,27 +71,35 @@ class _LinearLogprobs(torch.autograd.Function):
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         scale = slope / ctx.temperature
-        ctx.kept.reverse()
-        for tile in _tiles(len(targets), len(weight)):
-            product = ctx.kept.pop() if ctx.kept else hidden[tile] @ weight.T
-            logits = _scaled(product, ctx.temperature)
-            shares = logits.sub_(normalizers[tile, None]).exp_()
-            # The slope of a logit: 1 for the token itself, less its share.
-            slopes = shares.mul_(-scale[tile, None])
-            slopes.scatter_add_(1, targets[tile, None], scale[tile, None])
-            slopes = slopes.to(hidden.dtype)
+        slopes, ctx.kept = ctx.kept, None
+        for block in _runs(len(targets), _fitting(_BLOCK_BYTES, weight)):
+            if slopes is None:
+                slopes = hidden[block] @ weight.T
+            for tile in _runs(len(slopes), _fitting(_TILE_BYTES, weight, torch.float32.itemsize)):
+                wanted, height = targets[block][tile, None], scale[block][tile, None]
+                shares = _scaled(slopes[tile], ctx.temperature)
+                shares.sub_(normalizers[block][tile, None]).exp_()
+                # The slope of a logit: 1 for the token itself, less its share.
+                shares.mul_(-height).scatter_add_(1, wanted, height)
+                slopes[tile] = shares
             if to_hidden is not None:
-                torch.mm(slopes, weight, out=to_hidden[tile])
+                torch.mm(slopes, weight, out=to_hidden[block])
             if to_weight is not None:
-                to_weight.addmm_(slopes.T, hidden[tile])
+                to_weight.addmm_(slopes.T, hidden[block])
+            slopes = None
         return to_hidden, to_weight, None, None, None
 
 
-def _scaled(product: Tensor, temperature: float, copy: bool = False) -> Tensor:
-    logits = product.to(torch.float32, copy=copy)
+def _scaled(product: Tensor, temperature: float) -> Tensor:
+    """Logits in memory of their own."""
+    logits = product.to(torch.float32, copy=True)
     return logits if temperature == 1 else logits.div_(temperature)
 
 
-def _tiles(tokens: int, vocabulary: int) -> list[slice]:
-    size = max(1, _TILE_BYTES // (4 * vocabulary))
-    return [slice(start, start + size) for start in range(0, tokens, size)]
+def _fitting(limit: int, weight: Tensor, itemsize: int | None = None) -> int:
+    """Tokens whose logits take so many bytes, at least one."""
+    return max(1, limit // ((itemsize or weight.itemsize) * len(weight)))
+
+
+def _runs(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]

@@ -61,7 +61,10 @@ def load_model(
             output_loading_info=True,
         )
     except _UNLOADABLE as error:
-        raise InputError(_cannot_load("model", name, error)) from error
+        told = _cannot_load("model", name, error)
+        if attention in str(error):
+            told += f"\nmodel.attention {attention} may not suit it; sdpa suits most models"
+        raise InputError(told) from error
     model: PreTrainedModel
     model, report = loaded
     if report["missing_keys"]:  # Transformers would go on with random weights

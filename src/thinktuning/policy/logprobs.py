@@ -1,6 +1,6 @@
 """Logprobs of completion tokens under a model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from thinktuning.policy.attention import GROUPED
 from thinktuning.policy.head import linear_logprobs
 from thinktuning.policy.packing import Lengths, lengths_of, pack
-from thinktuning.policy.weights import base_of
+from thinktuning.policy.weights import base_of, replaced_forward
 from thinktuning.types import PolicyInputs
 
 
@@ -33,8 +33,8 @@ class Scoring:
     """How logprobs are computed; what they are depends on neither.
 
     Attributes:
-        tiled_head: Never hold the logits of all tokens: compute them tile by tile, and once more
-            in the backward.
+        tiled_head: Hold the logits of a limited number of tokens at a time: compute them tile by
+            tile, and once more in the backward.
         packed: Read a micro-batch as one row without padding, in which a prompt stands once for
             all its rollouts. Needs ``grouped_sdpa`` attention.
     """
@@ -97,20 +97,26 @@ def completion_logprobs(
     return TokenScores(*(values.masked_fill(~wanted, 0.0) for values in scores))
 
 
+def possible(model: nn.Module, wanted: Scoring) -> Scoring:
+    """What of ``wanted`` a model's parts allow."""
+    base: Any = base_of(model)
+    head = base.get_output_embeddings()
+    tiled = type(head) is nn.Linear and head.bias is None
+    return Scoring(wanted.tiled_head and tiled, wanted.packed and _can_pack(base.config))
+
+
 @torch.no_grad()
 def suitable(model: nn.Module, wanted: Scoring) -> Scoring:
     """What of ``wanted`` gives this model's logprobs: the rest of what it does with its logits, or
     with what stands before, may be unknown here. Asked of the model itself, with a few tokens.
     """
-    base = base_of(model)
-    config: Any = base.config
-    head = base.get_output_embeddings()  # type: ignore[operator]
-    tiled = wanted.tiled_head and type(head) is nn.Linear and head.bias is None
-    packed = wanted.packed and _can_pack(config)
-    probe = _probe(config.get_text_config().vocab_size, head.weight.device)
+    base: Any = base_of(model)
+    weight = base.get_output_embeddings().weight
+    able = possible(model, wanted)
+    probe = _probe(base.config.get_text_config().vocab_size, weight.device)
     expected = completion_logprobs(model, probe).logprobs
-    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.1
-    for scoring in (Scoring(tiled, packed), Scoring(False, packed), Scoring(tiled, False)):
+    tolerance = 1e-3 if weight.dtype == torch.float32 else 0.1
+    for scoring in (able, replace(able, tiled_head=False), replace(able, packed=False)):
         found = completion_logprobs(model, probe, scoring=scoring).logprobs
         if torch.allclose(found, expected, rtol=0, atol=tolerance):
             return scoring
@@ -125,11 +131,12 @@ def _can_pack(config: Any) -> bool:
 
 
 def _probe(vocabulary: int, device: torch.device) -> PolicyInputs:
-    """Three rollouts of two prompts, of different lengths."""
+    """Three rollouts of two prompts, of different lengths, one with a single token."""
     ids = torch.arange(1, 25, device=device).view(3, 8) * 7919 % vocabulary
     ids[1, :4] = ids[0, :4]
     mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[2, 0] = mask[1, 7] = False
+    mask[2, 0] = False
+    mask[1, 5:] = False
     completion = mask[:, 4:]
     return PolicyInputs(ids, mask, completion, ~completion, ids.new_zeros(3))
 
@@ -176,11 +183,8 @@ class _Scorer:
             return logprobs.view_as(targets)[..., None]
 
         # Inside of the model's forward: FSDP2 gathers the head's weight there.
-        head.forward = in_place_of_logits
-        try:
+        with replaced_forward(head, in_place_of_logits):
             logprobs = self.model(use_cache=False, **inputs).logits[..., 0]
-        finally:
-            del head.forward
         return TokenScores(logprobs, entropies[0])
 
 

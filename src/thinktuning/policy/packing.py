@@ -1,7 +1,7 @@
 """Rollouts in one row of tokens: no padding, and a prompt once for all its rollouts."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -41,6 +41,17 @@ class Part:
     pieces: Sequence[int]
     before: Sequence[int | None]
     mask: Tensor
+    _made: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def bias(self, groups: int, dtype: torch.dtype) -> Tensor:
+        """The mask as what is added to scores, [R, 1, groups * L, K]. Made once: every layer keeps
+        its own for the backward.
+        """
+        if (groups, dtype) not in self._made:
+            hidden = ~self.mask.repeat(1, 1, groups, 1)
+            bias = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, float("-inf"))
+            self._made[groups, dtype] = bias
+        return self._made[groups, dtype]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ here the model computes in bfloat16 throughout, as it does under FSDP2.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from thinktuning.policy.weights import replaced_forward
 
 
 class GradientSums:
@@ -25,7 +27,8 @@ class GradientSums:
         for exact in self._trained:
             rounded[exact].register_post_accumulate_grad_hook(partial(self._add, exact))
 
-    def __bool__(self) -> bool:
+    @property
+    def needed(self) -> bool:
         """Whether there are rounded weights; without them gradients arrive by themselves."""
         return bool(self._trained)
 
@@ -41,8 +44,9 @@ class GradientSums:
             backward: Lightning's, so that ranks add up theirs. Called once, if there are any.
         """
         if self._sums:
-            backward(_Deliver.apply(self.tensors, *self._sums))
-            self._sums = {}
+            loss = _Deliver.apply(self.tensors, *self._sums)
+            self._sums = {}  # a gradient that somebody else holds would be copied
+            backward(loss)
 
     def _add(self, exact: nn.Parameter, rounded: Tensor) -> None:
         assert rounded.grad is not None
@@ -61,7 +65,8 @@ class _Deliver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.gradients
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *gradients
 
 
 @contextmanager
@@ -105,15 +110,14 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     """On a CPU, give linear layers a copy of their weights in the layout of its kernels, for many
     calls with few tokens and without gradients; packing takes as long as some such calls gain.
     """
-    linears = [m for m in model.modules() if type(m) is nn.Linear and _packs(m.weight)]
-    try:
-        for linear in linears:
-            weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-            linear.forward = partial(_packed, weight, linear.bias)  # type: ignore[method-assign]
+    with ExitStack() as packed:
+        for linear in model.modules():
+            if type(linear) is nn.Linear and _packs(linear.weight):
+                weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+                packed.enter_context(
+                    replaced_forward(linear, partial(_packed, weight, linear.bias))
+                )
         yield
-    finally:
-        for linear in linears:
-            del linear.forward
 
 
 def _packed(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
@@ -124,6 +128,8 @@ def _packed(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
 def _packs(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or isinstance(weight, DTensor):
         return False
+    if not torch.backends.mkldnn.is_available():
+        return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return weight.dtype == torch.float32

@@ -1,6 +1,7 @@
 """A model's weights under the names of its base, one at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,6 +87,19 @@ def _dequantised(layer: Any, weight: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with the parts of all ranks, which must all call this; or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else."""
+    known = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if known is not None:
+            module.forward = known
 
 
 def base_of(model: Any) -> nn.Module:
