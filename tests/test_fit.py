@@ -92,16 +92,21 @@ def test_a_user_sees_scalars_samples_and_an_account(student, questions, tmp_path
     assert "mfu/update" not in seen, "nobody knows what this CPU can do"
 
 
+@pytest.mark.parametrize("lora", [False, True])
 def test_the_share_of_the_arithmetic_where_the_devices_speed_is_known(
-    student, questions, tmp_path, monkeypatch
+    student, questions, tmp_path, monkeypatch, lora
 ):
     monkeypatch.setattr(policy_module, "get_available_flops", lambda device, dtype: 10**12)
     updated, real = [], PolicyUpdate.run
     monkeypatch.setattr(
         PolicyUpdate, "run", lambda self, inputs: updated.append(inputs) or real(self, inputs)
     )
-    main(fit_arguments(student(), questions, tmp_path, "--model.objective.kl_coef=0.01"))
+    more = ["--model.lora.rank=4"] if lora else []
+    main(fit_arguments(student(), questions, tmp_path, "--model.objective.kl_coef=0.01", *more))
     weights = AutoModelForCausalLM.from_pretrained(student()).num_parameters()
+    if lora:
+        weights += sum(w.numel() for w in checkpoint(tmp_path)["state_dict"].values())
+    factor = 2 if lora else 3  # frozen weights have no gradient of their own
     seen = scalars(tmp_path / "version_0")
     assert len(seen["mfu/update"]) == len(updated) == 3
     for inputs, mfu, seconds in zip(
@@ -112,7 +117,7 @@ def test_the_share_of_the_arithmetic_where_the_devices_speed_is_known(
             prompt = int(mask.sum() - inputs.completion_mask[i].sum())
             for place in range(int(mask.sum())):
                 if place >= prompt or i % 4 == 0:  # a prompt counts once for its four rollouts
-                    flop += 3 * (2 * weights + 4 * 2 * 48 * (place + 1))
+                    flop += factor * (2 * weights + 4 * 2 * 48 * (place + 1))
         assert mfu * seconds * 10**12 == pytest.approx(flop, rel=1e-4)
 
 

@@ -169,6 +169,12 @@ def real_peak(model, wanted: Job, rollouts: int) -> int:
     return memory.peak.total()
 
 
+def test_what_an_attention_cannot_do_is_not_planned(folder):
+    own = job(folder, attention="sdpa")
+    padded = replace(own, scoring=Scoring(packed=False))
+    assert trace_update(own, 4) == trace_update(padded, 4) != trace_update(job(folder), 4)
+
+
 def test_the_cache_of_rollouts_by_hand(folder):
     held = trace_sampling(job(folder), student(job(folder)), 2, 8, 24, 40)
     # Two layers, keys and values, two heads of 12; the last token isn't read, and room for 64 was

@@ -57,6 +57,15 @@ RUNS = {
         "--model.max_new_tokens=11",
         "--trainer.max_steps=6",
     ],
+    # Without a KL term a rank whose rollouts have no advantage has nothing to train on.
+    "idle": [
+        *PLAIN,
+        "--model.objective.kl_coef=0",
+        "--guidance.gamma.start=0",
+        "--data.batch_size=2",
+        "--model.num_mini_batches=1",
+        "--trainer.max_steps=5",
+    ],
     "lora": [*PLAIN, "--model.lora.rank=4", "--trainer.max_steps=2"],
     "lean": [*PLAIN, "--trainer.max_steps=2"],
     "begun": [*ADAM, "--trainer.max_steps=2"],
@@ -110,7 +119,7 @@ def launch(student, questions, tmp_path_factory) -> Launch:
     fsdp2 = "--trainer.strategy=fsdp2"
     for name, options in RUNS.items():
         main(made.arguments(name, "one", *options))
-    for name in ("grpo", "guided", "reference", "short", "lora", "begun", "whole"):
+    for name in ("grpo", "guided", "reference", "short", "idle", "lora", "begun", "whole"):
         made.waiting.append(made.arguments(name, "two", *RUNS[name], fsdp2))
     made.waiting.append(made.arguments("lean", "two", *RUNS["lean"], *LEAN))
     made.waiting.append(made.arguments("begun", "full", *RUNS["begun"], *FULL))
@@ -142,7 +151,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
             torch.testing.assert_close(ours["state"][number][key], value, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["grpo", "guided", "reference", "short", "lora", "lean"])
+@pytest.mark.parametrize("name", ["grpo", "guided", "reference", "short", "idle", "lora", "lean"])
 def test_two_ranks_equal_one(launch, name):
     assert_same(launch.saved(name, "two"), launch.saved(name, "one"), tolerance=1e-6)
     seen, expected = launch.scalars(name, "two"), launch.scalars(name, "one")
@@ -151,6 +160,10 @@ def test_two_ranks_equal_one(launch, name):
         if not tag.startswith((*CLOCKED, "engine/")):
             assert seen[tag] == pytest.approx(values, rel=1e-4, abs=1e-6), tag
     assert max(seen["engine/logprob_gap_max"]) < 1e-5
+
+
+def test_a_rank_had_nothing_to_train_on_and_the_other_had(launch):
+    assert 0.5 in launch.scalars("idle", "two")["groups/zero_variance"], "one of two groups"
 
 
 def test_four_ranks_equal_one(launch):

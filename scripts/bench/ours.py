@@ -77,8 +77,15 @@ class OneByOne(Callback):
         """Say how it was, and wait for the next word."""
         metrics = outputs["metrics"]
         parts = {name: metrics.get(f"seconds/{name}", 0.0) for name in PARTS}
-        tokens = sum(len(r.completion_ids) for r in outputs["rollouts"].rollouts)
-        STEPS.tell(**parts, tokens=tokens, guided=metrics["guidance/realised_gamma"])
+        rollouts = outputs["rollouts"].rollouts
+        prompt_tokens = sum(len(r.prompt.token_ids) for r in rollouts)
+        tokens = sum(len(r.completion_ids) for r in rollouts)
+        STEPS.tell(
+            **parts,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+            guided=metrics["guidance/realised_gamma"],
+        )
         STEPS.wait()
 
 

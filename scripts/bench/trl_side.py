@@ -15,8 +15,9 @@ STEPS = Steps()
 class OneByOne(TrainerCallback):
     """Takes a step when it is asked for."""
 
-    def on_train_begin(self, *args: Any, optimizer: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Wait for the first word."""
+        optimizer = kwargs["optimizer"]
         optimizer.step = STEPS.timed("update", optimizer.step)
         STEPS.wait()
 
@@ -64,6 +65,7 @@ def main() -> None:
         generation_kwargs={"min_new_tokens": options.tokens},
         temperature=1.0,
         max_steps=1000,
+        shuffle_dataset=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -80,7 +82,8 @@ def main() -> None:
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         generated = generate(*args, **kwargs)
-        STEPS.seconds["tokens"] = sum(len(ids) for ids in generated[1])
+        for name, part in zip(("prompt_tokens", "tokens"), generated, strict=False):
+            STEPS.seconds[name] = sum(len(ids) for ids in part)
         return generated
 
     trainer._generate = counted

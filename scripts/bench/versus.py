@@ -7,7 +7,8 @@ r"""Step times of our trainer and TRL's GRPOTrainer on the same work, taking tur
         --work "--model /path/of/SmolLM2-135M-Instruct" \
         "ours:" "TRL:trl" "TRL, no checkpointing:trl --no_checkpointing"
 
-Every step has the same questions, the first --prompts of the file. Each side is NAME:OPTIONS, of
+All sides have the same questions in the same order, drawn from the first 64 of the file, and it is
+checked that they read and write as many tokens. Each side is NAME:OPTIONS, of
 ``ours.py`` or, behind the word trl, of ``trl_side.py``; both say what options there are. Sides are
 processes of their own that wait while another one takes its step. The first steps of each warm up.
 The table compares with the last side; a ratio is one of medians, with the lowest and highest of the
@@ -24,9 +25,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from thinktuning.engines import derive_seed
 from thinktuning.provenance import provenance
 
 HERE = Path(__file__).parent
@@ -38,7 +41,7 @@ class Side:
     def __init__(self, described: str, arguments: argparse.Namespace, work: Path) -> None:
         self.name, _, text = described.partition(":")
         words = shlex.split(text)
-        other = words[:1] == ["trl"]
+        other = not ours(described)
         python = arguments.trl if other else sys.executable
         script = "trl_side.py" if other else "ours.py"
         command = [python, str(HERE / script), "--data", str(work / "data.jsonl")]
@@ -80,6 +83,11 @@ class Side:
         return read
 
 
+def ours(described: str) -> bool:
+    """Whether a side is."""
+    return shlex.split(described.partition(":")[2])[:1] != ["trl"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="questions in GSM8K's form")
@@ -91,20 +99,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="gets a JSON line per step")
     parser.add_argument("sides", nargs="+", metavar="NAME:OPTIONS")
     arguments = parser.parse_args()
-    questions = Path(arguments.data).read_text().splitlines(keepends=True)[: arguments.prompts]
+    questions = Path(arguments.data).read_text().splitlines(keepends=True)[:64]
+    drawn = torch.Generator().manual_seed(derive_seed(1, 0, "shuffle"))
+    order = torch.randperm(len(questions), generator=drawn)  # our loader's, with seed 1
     rows: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         sides = []
         for i, described in enumerate(arguments.sides):
             (work := Path(folder) / str(i)).mkdir()
-            (work / "data.jsonl").write_text("".join(questions))
+            own = range(len(questions)) if ours(described) else order
+            (work / "data.jsonl").write_text("".join(questions[i] for i in own))
             sides.append(Side(described, arguments, work))
         for repeat in range(-arguments.warmups, arguments.repeats):
+            read = set()
             for side in sides:
                 figures = side.step()
+                read.add(figures["prompt_tokens"])
                 print(side.name, repeat, json.dumps(figures), file=sys.stderr)
                 if repeat >= 0:
                     rows.setdefault(side.name, []).append(figures)
+            if len(read) > 1:
+                sys.exit(f"the sides had prompts of different lengths: {read}")
         for side in sides:
             side.close()
     if arguments.out is not None:

@@ -43,7 +43,7 @@ class GSM8KDataModule(LightningDataModule):
         val_batch_size: Questions of a validation batch, over all ranks.
         max_prompt_tokens: Longer prompts are left out, counted and logged.
         system_message: Always sent, since a template's default may say anything.
-        instruction: Appended to every question after an empty line.
+        instruction: Appended to every question after an empty line; may be empty.
         examples: Worked examples, shown to the student as earlier turns of the chat; for models
             that don't keep to the format by themselves.
         seed: Of the order and of generated questions; taken from seed_everything by the CLI.
@@ -157,7 +157,8 @@ class GSM8KDataModule(LightningDataModule):
         return messages
 
     def _user(self, question: str) -> Message:
-        return {"role": "user", "content": f"{question}\n\n{self.instruction}"}
+        asked = f"{question}\n\n{self.instruction}" if self.instruction else question
+        return {"role": "user", "content": asked}
 
     def _loader(self, prompts: list[Prompt], batch_size: int, seed: int | None) -> PromptLoader:
         trainer = self.trainer
