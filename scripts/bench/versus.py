@@ -45,7 +45,7 @@ class Side:
         python = arguments.trl if other else sys.executable
         script = "trl_side.py" if other else "ours.py"
         command = [python, str(HERE / script), "--data", str(work / "data.jsonl")]
-        command += ["--work", str(work), "--prompts", str(arguments.prompts)]
+        command += ["--work", str(work)]
         command += shlex.split(arguments.work) + words[other:]
         self._log = (work / "log").open("w")
         self._process = subprocess.Popen(
@@ -92,7 +92,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="questions in GSM8K's form")
     parser.add_argument("--trl", help="the python of TRL's environment")
-    parser.add_argument("--prompts", type=int, default=2, help="questions of a step")
     parser.add_argument("--work", default="", help="options for all sides, one string")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warmups", type=int, default=2)
