@@ -462,6 +462,13 @@ def test_a_prompt_is_system_message_question_and_instruction(folder, source):
     )
 
 
+def test_without_an_instruction_the_question_stands_alone(folder, source):
+    text = tiny.tokenizer("own_pad").decode(
+        data_module(folder, source, instruction="").train_prompts[4].token_ids
+    )
+    assert "<|start|>user\nAda packs 4 boxes. How many?<|end|>" in text
+
+
 def test_examples_are_earlier_turns_of_the_chat(folder, source):
     shown = [PromptExample("1 plus 1?", r"\boxed{2}"), PromptExample("2 plus 2?", r"\boxed{4}")]
     data = data_module(folder, source, examples=shown)

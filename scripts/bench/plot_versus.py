@@ -30,8 +30,11 @@ def sides(path: str) -> dict[str, dict[str, float]]:
     for line in Path(path).read_text().splitlines():
         row = json.loads(line)
         rows.setdefault(row["side"], []).append(row)
+    for step in (step for steps in rows.values() for step in steps):
+        step["rest"] = step["step"] - sum(step.get(stage, 0.0) for stage in STAGES)
+    names = ["step", "rest", *STAGES]
     return {
-        side: {k: statistics.median(s.get(k, 0.0) for s in steps) for k in ["step", *STAGES]}
+        side: {name: statistics.median(s.get(name, 0.0) for s in steps) for name in names}
         for side, steps in rows.items()
     }
 
@@ -44,26 +47,24 @@ def main(picture: str, *files: str) -> None:
         *_, base = found.values()
         for side, medians in found.items():
             bars.append((f"{side}\n{title}", medians, medians["step"] / base["step"]))
-    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.52 * len(bars)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 1.3 + 0.52 * len(bars)), layout="constrained")
     places = range(len(bars), 0, -1)
     left = [0.0] * len(bars)
-    for stage, label in STAGES.items():
+    for stage, label in [*STAGES.items(), ("rest", "everything else")]:
         widths = [medians[stage] for _, medians, _ in bars]
         axis.barh(places, widths, left=left, height=0.7, label=label)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    rest = [medians["step"] - done for (_, medians, _), done in zip(bars, left, strict=True)]
-    axis.barh(places, rest, left=left, height=0.7, color="0.8", label="everything else")
-    for place, (_, medians, ratio) in zip(places, bars, strict=True):
+    for place, stop, (_, medians, ratio) in zip(places, left, bars, strict=True):
         axis.annotate(
             f" {medians['step']:.1f} s, {ratio:.2f}",
-            (medians["step"], place),
+            (stop, place),
             va="center",
             fontsize=9,
         )
     axis.set_yticks(list(places), [name for name, _, _ in bars], fontsize=9)
     axis.set_xlim(0, 1.17 * max(medians["step"] for _, medians, _ in bars))
     axis.set_xlabel("seconds a step (median), ratio to the last side of the same run")
-    axis.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(picture, dpi=110)
 
 
