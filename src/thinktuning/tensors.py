@@ -1,7 +1,7 @@
 """From rollouts to the tensors of the update, and their cutting into mini- and micro-batches."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,6 +11,23 @@ from thinktuning.types import PolicyInputs, RolloutBatch
 
 _PASS = 64
 """What a pass through the model costs by itself, in tokens; roughly, as seen on a CPU."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of B rollouts of U prompts.
+
+    Attributes:
+        first: A rollout of each prompt.
+        prompts: Of each prompt.
+        owner: The prompt of each rollout.
+        completions: Of each rollout.
+    """
+
+    first: Sequence[int]
+    prompts: Sequence[int]
+    owner: Sequence[int]
+    completions: Sequence[int]
 
 
 def with_advantages(batch: RolloutBatch, scale: Literal["std", "none"]) -> RolloutBatch:
@@ -78,17 +95,15 @@ def micro_batches(
     Args:
         inputs: The rollouts; those of a prompt are neighbours.
         rows: At most so many.
-        tokens: At most so many, padding included, unless one rollout alone has more; None: any.
-        packed: There is no padding, and a prompt counts once.
+        tokens: At most so many, unless one rollout alone has more; None: any.
+        packed: There is no padding, and a prompt counts once; else padding counts as well.
 
     Returns:
         The places of each micro-batch's rollouts, int64.
     """
-    start = inputs.input_ids.shape[1] - inputs.completion_mask.shape[1]
-    _, run = distinct_prompts(inputs.input_ids[:, :start], inputs.attention_mask[:, :start])
-    runs = run.tolist()
-    before = inputs.attention_mask[:, :start].sum(dim=1).tolist()
-    behind = inputs.completion_mask.sum(dim=1).tolist()
+    lengths = lengths_of(inputs)
+    runs, behind = lengths.owner, lengths.completions
+    before = [lengths.prompts[run] for run in runs]
     longest: dict[int, int] = {}
     for i, number in enumerate(runs):
         longest[number] = max(longest.get(number, 0), before[i] + behind[i])
@@ -110,6 +125,19 @@ def micro_batches(
         else:
             batches.append([i])
     return [torch.tensor(batch, device=inputs.input_ids.device) for batch in batches]
+
+
+def lengths_of(inputs: PolicyInputs) -> Lengths:
+    """Of rollouts that stand beside those of the same prompt."""
+    width = inputs.completion_mask.shape[1]
+    ids, mask = inputs.input_ids[:, :-width], inputs.attention_mask[:, :-width]
+    first, owner = distinct_prompts(ids, mask)
+    return Lengths(
+        first=first.tolist(),
+        prompts=mask[first].sum(dim=1).tolist(),
+        owner=owner.tolist(),
+        completions=inputs.attention_mask[:, -width:].sum(dim=1).tolist(),
+    )
 
 
 def distinct_prompts(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,12 +24,11 @@ from thinktuning.policy import (
     TokenScores,
     completion_logprobs,
     forward_cost,
-    lengths_of,
     release,
     rounded_weights,
     whole,
 )
-from thinktuning.tensors import micro_batches, split, trim
+from thinktuning.tensors import lengths_of, micro_batches, split, trim
 from thinktuning.types import PolicyInputs
 
 if TYPE_CHECKING:
@@ -150,9 +149,11 @@ class Update(ABC):
     def _micro_batches(self, mini: PolicyInputs, trained: PolicyInputs) -> list[PolicyInputs]:
         """As many on every rank; one that runs short takes a rollout that counts for nothing."""
         micros = [trim(trained.rows(places)) for places in self._places(trained)]
-        spare = trim(mini.rows(slice(0, 1)))
-        spare = replace(spare, completion_mask=torch.zeros_like(spare.completion_mask))
-        return micros + [spare] * self._missing(len(micros))
+        if missing := self._missing(len(micros)):
+            spare = trim(mini.rows(slice(0, 1)))
+            spare = replace(spare, completion_mask=torch.zeros_like(spare.completion_mask))
+            micros += [spare] * missing
+        return micros
 
     def _missing(self, passes: int) -> int:
         """How many more another rank takes: the passes of ranks wait for each other."""

@@ -19,13 +19,13 @@ from thinktuning.plan.job import Job
 from thinktuning.plan.model import give_shapes, student, trained_parameters
 from thinktuning.plan.peak import Bytes, PeakMemory
 from thinktuning.policy import (
-    Lengths,
     base_of,
     completion_logprobs,
     possible,
     rounded_weights,
     transformer_blocks,
 )
+from thinktuning.tensors import Lengths
 from thinktuning.types import PolicyInputs
 
 WEIGHTS = "policy weights"

@@ -19,7 +19,6 @@ from thinktuning.policy.logprobs import (
     suitable,
 )
 from thinktuning.policy.lora import LoraSettings, load_base, with_adapters, without_adapters
-from thinktuning.policy.packing import Lengths, lengths_of
 from thinktuning.policy.parallel import (
     gather,
     recompute_activations,
@@ -35,7 +34,6 @@ __all__ = [
     "GROUPED",
     "PLAIN",
     "ForwardCost",
-    "Lengths",
     "LoraSettings",
     "Message",
     "Scoring",
@@ -48,7 +46,6 @@ __all__ = [
     "gather",
     "is_frozen",
     "is_transposed",
-    "lengths_of",
     "load_base",
     "load_generation_config",
     "load_model",

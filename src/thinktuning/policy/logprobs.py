@@ -11,8 +11,9 @@ from transformers.cache_utils import DynamicLayer
 
 from thinktuning.policy.attention import GROUPED
 from thinktuning.policy.head import linear_logprobs
-from thinktuning.policy.packing import Lengths, lengths_of, pack
+from thinktuning.policy.packing import pack
 from thinktuning.policy.weights import base_of, replaced_forward
+from thinktuning.tensors import Lengths, lengths_of
 from thinktuning.types import PolicyInputs
 
 

@@ -7,25 +7,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from thinktuning.tensors import distinct_prompts
+from thinktuning.tensors import Lengths
 from thinktuning.types import PolicyInputs
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of B rollouts of U prompts.
-
-    Attributes:
-        first: A rollout of each prompt.
-        prompts: Of each prompt.
-        owner: The prompt of each rollout.
-        completions: Of each rollout.
-    """
-
-    first: Sequence[int]
-    prompts: Sequence[int]
-    owner: Sequence[int]
-    completions: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -86,19 +69,6 @@ class PackedRow:
     targets: Tensor
     columns: Tensor
     packing: Packing
-
-
-def lengths_of(inputs: PolicyInputs) -> Lengths:
-    """Of rollouts that stand beside those of the same prompt."""
-    width = inputs.completion_mask.shape[1]
-    ids, mask = inputs.input_ids[:, :-width], inputs.attention_mask[:, :-width]
-    first, owner = distinct_prompts(ids, mask)
-    return Lengths(
-        first=first.tolist(),
-        prompts=mask[first].sum(dim=1).tolist(),
-        owner=owner.tolist(),
-        completions=inputs.attention_mask[:, -width:].sum(dim=1).tolist(),
-    )
 
 
 def pack(inputs: PolicyInputs, lengths: Lengths) -> PackedRow:
