@@ -1,6 +1,7 @@
 """A teacher who always says the same: its verdict is the truth, its continuation a fixed phrase."""
 
 import re
+import threading
 from collections.abc import Sequence
 
 from thinktuning.teaching import Chat, Reply, ReplyParams, Teacher
@@ -50,3 +51,23 @@ class PickyTeacher(ScriptedTeacher):
         replies = super().reply(chats, params)
         asked = [self.word in chat[-1]["content"].split("My answer:")[0] for chat in chats]
         return [r if a else Reply("No idea.") for r, a in zip(replies, asked, strict=True)]
+
+
+class DistantTeacher(ScriptedTeacher):
+    """Replies only when somebody has computed something meanwhile.
+
+    Attributes:
+        computed: To be set by who computes.
+        waited: How often it had to wait for that in vain.
+    """
+
+    elsewhere = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed = threading.Event()
+        self.waited = 0
+
+    def reply(self, chats: Sequence[Chat], params: ReplyParams) -> list[Reply]:
+        self.waited += not self.computed.wait(timeout=20)
+        return super().reply(chats, params)

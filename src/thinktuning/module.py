@@ -24,7 +24,7 @@ from thinktuning.objective import Mean, ObjectiveConfig
 from thinktuning.policy import load_model, without_adapters
 from thinktuning.policy_module import PolicyModule
 from thinktuning.rewards import MathReward, Reward, score
-from thinktuning.tensors import policy_inputs, with_advantages
+from thinktuning.tensors import with_advantages
 from thinktuning.types import Prompt, RolloutBatch
 from thinktuning.update import PolicyUpdate
 
@@ -104,6 +104,7 @@ class ThinkTuningModule(PolicyModule):
             For callbacks: ``rollouts``, the scored RolloutBatch, and ``metrics``, what was logged.
         """
         metrics = StepMetrics()
+        update = self._update = PolicyUpdate(self, metrics)
         with metrics.timed("step"):
             with self._stage("sync", metrics):
                 self._give_weights()
@@ -117,8 +118,7 @@ class ThinkTuningModule(PolicyModule):
                 rollouts = score(rollouts, self.rewards)
                 rollouts = with_advantages(rollouts, self.objective.advantage_scale)
             with self._stage("logprobs", metrics):
-                update = PolicyUpdate(self, metrics)
-                inputs = update.with_fixed_logprobs(policy_inputs(rollouts, self.device))
+                inputs = update.inputs(rollouts)
             with self._stage("update", metrics):
                 trained = update.run(inputs)
         metrics.add(rollout_means(rollouts))
@@ -131,6 +131,15 @@ class ThinkTuningModule(PolicyModule):
             teaching = Mean(metrics.seconds["guidance"], metrics.seconds["step"])
             metrics.add({"time_share/guidance": teaching})
         return {"rollouts": rollouts, "metrics": self._log_step(rollouts.step, metrics)}
+
+    def work_ahead(self, rollouts: RolloutBatch, places: Sequence[int]) -> None:
+        """Let a stage that waits for another machine use the time, on all ranks alike.
+
+        Args:
+            rollouts: The step's, as they are.
+            places: Of those that will stay so.
+        """
+        self._update.read_ahead(rollouts, places)
 
     def _sample(self, prompts: Sequence[Prompt]) -> RolloutBatch:
         """Stage 1: the student answers every question ``group_size`` times."""

@@ -1,7 +1,7 @@
 """The optimizer steps of one batch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,8 +28,8 @@ from thinktuning.policy import (
     rounded_weights,
     whole,
 )
-from thinktuning.tensors import lengths_of, micro_batches, split, trim
-from thinktuning.types import PolicyInputs
+from thinktuning.tensors import lengths_of, micro_batches, policy_inputs, split, trim
+from thinktuning.types import PolicyInputs, RolloutBatch
 
 if TYPE_CHECKING:
     from thinktuning.module import ThinkTuningModule
@@ -54,6 +54,20 @@ class Work(NamedTuple):
 
     tokens: int
     flop: float
+
+
+class _Ahead(NamedTuple):
+    """What was computed before the batch was complete.
+
+    Attributes:
+        read: Completion ids of the rollouts by their places in the batch.
+        old: float32 [B, T], of the policy that sampled.
+        ref: float32 [B, T], of the reference.
+    """
+
+    read: dict[int, tuple[int, ...]]
+    old: Tensor | None
+    ref: Tensor | None
 
 
 class Update(ABC):
@@ -259,24 +273,64 @@ class PolicyUpdate(Update):
         )
         self.objective = module.objective
         self.as_reference = module.as_reference
+        self._ahead = _Ahead({}, None, None)
 
-    def with_fixed_logprobs(self, inputs: PolicyInputs) -> PolicyInputs:
-        """Add the logprobs that stay fixed during the update, as far as it needs them."""
-        if self.num_mini_batches > 1:
-            inputs = replace(inputs, old_logprobs=self._frozen_logprobs(self.module.policy, inputs))
-        if self.objective.kl_coef > 0:
-            with self.as_reference() as reference:
-                inputs = replace(inputs, ref_logprobs=self._frozen_logprobs(reference, inputs))
-                release(reference)
+    def read_ahead(self, batch: RolloutBatch, places: Sequence[int]) -> None:
+        """Compute now what ``inputs`` needs of rollouts that stay as they are.
+
+        Args:
+            batch: Rollouts that needn't be scored yet.
+            places: Of those that no later stage is expected to change; one that is changed all the
+                same is computed again.
+        """
+        unscored = batch.with_rollouts(tuple(replace(r, advantage=0.0) for r in batch.rollouts))
+        inputs = policy_inputs(unscored, self.module.device)
+        wanted = torch.zeros(len(batch.rollouts), dtype=torch.bool, device=self.module.device)
+        wanted[list(places)] = True
+        read = {i: batch.rollouts[i].completion_ids for i in places}
+        self._ahead = _Ahead(read, *self._fixed_logprobs(inputs, wanted))
+
+    def inputs(self, batch: RolloutBatch) -> PolicyInputs:
+        """The update's tensors, with those logprobs that it needs and that stay fixed during it.
+
+        Args:
+            batch: Rollouts with advantages.
+        """
+        inputs = policy_inputs(batch, self.module.device)
+        ahead = self._ahead
+        known = [ahead.read.get(i) == r.completion_ids for i, r in enumerate(batch.rollouts)]
+        wanted = torch.tensor(known, device=self.module.device).logical_not()
+        old, ref = self._fixed_logprobs(inputs, wanted)
+        inputs = replace(
+            inputs,
+            old_logprobs=_merged(ahead.old, old, wanted),
+            ref_logprobs=_merged(ahead.ref, ref, wanted),
+        )
         self._compare_before_update(inputs)
         return inputs
 
+    def _fixed_logprobs(
+        self, inputs: PolicyInputs, wanted: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Those of the policy that sampled, and of the reference; None where nothing needs them."""
+        old = ref = None
+        if self.num_mini_batches > 1:
+            old = self._frozen_logprobs(self.module.policy, inputs, wanted)
+        if self.objective.kl_coef > 0:
+            with self.as_reference() as reference:
+                ref = self._frozen_logprobs(reference, inputs, wanted)
+                release(reference)
+        return old, ref
+
     @torch.no_grad()
-    def _frozen_logprobs(self, model: nn.Module, inputs: PolicyInputs) -> Tensor:
+    def _frozen_logprobs(self, model: nn.Module, inputs: PolicyInputs, wanted: Tensor) -> Tensor:
+        """Logprobs of the rows in ``wanted``, bool [B]; what stands in others has no meaning."""
         result = torch.zeros_like(inputs.completion_mask, dtype=torch.float)
+        rows = wanted.nonzero()[:, 0]
         with rounded_weights(model):
-            parts = self._places(inputs)
-            for places in parts + parts[:1] * self._missing(len(parts)):
+            parts = [rows[places] for places in self._places(inputs.rows(wanted))]
+            spare = torch.zeros(1, dtype=torch.long, device=rows.device)
+            for places in parts + [spare] * self._missing(len(parts)):
                 micro = trim(inputs.rows(places))
                 found = completion_logprobs(
                     model, micro, self.temperature, self.module.scoring
@@ -292,7 +346,8 @@ class PolicyUpdate(Update):
             self._compare(inputs.old_logprobs, inputs)
         elif not self._over_ranks(self._trained(inputs).sum(), "sum"):
             one = trim(inputs.rows(slice(0, 1)))
-            self._compare(self._frozen_logprobs(self.module.policy, one), one)
+            all_of_it = torch.ones(1, dtype=torch.bool, device=self.module.device)
+            self._compare(self._frozen_logprobs(self.module.policy, one, all_of_it), one)
 
     def _compare(self, logprobs: Tensor, inputs: PolicyInputs) -> None:
         """Note how far the engine's logprobs are from the trainer's at the same weights."""
@@ -327,3 +382,12 @@ class PolicyUpdate(Update):
         self.metrics.peak("shaping/weight", output.weight_max)
         if micro.old_logprobs is None:  # this update's own are those of the weights that sampled
             self._compare(scores.logprobs, micro)
+
+
+def _merged(ahead: Tensor | None, now: Tensor | None, wanted: Tensor) -> Tensor | None:
+    """What was computed ahead, and in the rows in ``wanted``, bool [B], what was computed now."""
+    if ahead is None or now is None:
+        return now
+    columns = min(ahead.shape[1], now.shape[1])
+    now[~wanted, :columns] = ahead[~wanted, :columns]
+    return now

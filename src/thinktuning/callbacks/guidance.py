@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +127,16 @@ class TeacherGuidance(RolloutCallback):
             return rollouts
         # A rank without a rollout to guide asks nothing, but helps to gather the weights.
         selected = self._select(rollouts, gamma, module.seed)
-        guidance = self._ask(module, [rollouts.rollouts[i] for i in selected])
+        asked = [rollouts.rollouts[i] for i in selected]
+        if self.teacher is not None and self.teacher.elsewhere:
+            with ThreadPoolExecutor(1) as pool:
+                replies = pool.submit(self._ask, module, asked)
+                others = [i for i in range(len(rollouts.rollouts)) if i not in selected]
+                module.work_ahead(rollouts, others)
+                guidance = replies.result()
+        else:
+            guidance = self._ask(module, asked)
+        self._log_cache(module)
         guided = dict(zip(selected, guidance, strict=True))
         return rollouts.with_rollouts(
             tuple(
@@ -158,10 +168,12 @@ class TeacherGuidance(RolloutCallback):
             replies = self._replies(teacher, chats)
         if self.teacher is not None:
             self.teacher.sleep()
+        return [self._guidance(reply) for reply in replies]
+
+    def _log_cache(self, module: "ThinkTuningModule") -> None:
         if self._cached is not None:
             module.log("guidance/cache_damaged", float(self._cached.damaged), batch_size=1)
             module.log("guidance/cache_unwritten", float(self._cached.unwritten), batch_size=1)
-        return [self._guidance(reply) for reply in replies]
 
     def _replies(self, teacher: Teacher, chats: Sequence[Chat]) -> list[Reply]:
         if not chats:

@@ -42,6 +42,8 @@ class OpenAIEngine(Teacher):
         revision: Tells apart, in the cache of replies, what the server serves under one name.
     """
 
+    elsewhere = True
+
     def __init__(
         self,
         base_url: str,

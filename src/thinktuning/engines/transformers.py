@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import count
 from typing import Literal
 
@@ -45,6 +46,8 @@ class TransformersEngine(Engine):
         pretrained: Of a teacher with weights of its own: hub id, folder, or embedded. null: the
             student's weights, or those of the frozen reference.
         quantization: Loads those weights in 4 or 8 bits through bitsandbytes; null doesn't.
+        packed: On a CPU, lay out the weights of linear layers for its kernels while tokens are
+            drawn; rounds otherwise, no less exactly.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class TransformersEngine(Engine):
         max_batch_size: int = 64,
         pretrained: str | None = None,
         quantization: Literal["4bit", "8bit"] | None = None,
+        packed: bool = True,
     ) -> None:
         super().__init__(pretrained)
         if max_batch_size < 1:
@@ -60,6 +64,7 @@ class TransformersEngine(Engine):
             raise InputError("engine: quantization needs pretrained, the weights to quantise")
         self.max_batch_size = max_batch_size
         self.quantization = quantization
+        self.packed = packed
         self._model: PreTrainedModel | None = None
         self._grammars: GrammarCompiler | None = None
         self._kept: tuple[PreTrainedModel, torch.dtype, Prefix] | None = None
@@ -125,7 +130,8 @@ class TransformersEngine(Engine):
         numbers = count()
         groups = [[new_row(next(numbers), seed, params) for seed in own] for own in seeds]
         grammar = self._masks(params, next(numbers))
-        with rounded_weights(self._model), packed_linears(self._model):
+        packing = packed_linears(self._model) if self.packed else nullcontext()
+        with rounded_weights(self._model), packing:
             prefix = self._read_prefix(self._model, prompts)
             waiting: deque[Group] = deque(zip(prompts, groups, strict=True))
             batch: Batch | None = None

@@ -65,6 +65,9 @@ class Teacher(ABC):
     needs_weights: bool = False
     """Whether ``load_weights`` must give it the frozen reference before it can answer."""
 
+    elsewhere: bool = False
+    """Whether it computes on another machine, so that this one may go on meanwhile."""
+
     can_continue: bool = True
     """Whether a reply can go on from a beginning that is given."""
 
