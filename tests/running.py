@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -89,6 +90,17 @@ class ShoutingStage(RolloutCallback):
     """A user's own stage."""
 
     stage = "shouting"
+
+
+class FullDisk(Callback):
+    """Lets no file grow past ``FULL_BYTES``, from step ``FULL_FROM`` to before ``FULL_TO``."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        step = trainer.global_step + 1
+        full = int(os.environ["FULL_FROM"]) <= step < int(os.environ["FULL_TO"])
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        soft = int(os.environ["FULL_BYTES"]) if full else hard
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class UnguidedPhrases(Callback):

@@ -2,8 +2,12 @@
 
 import re
 import threading
+import time
 from collections.abc import Sequence
+from itertools import cycle
+from typing import ClassVar
 
+from thinktuning.rewards import Response, Reward
 from thinktuning.teaching import Chat, Reply, ReplyParams, Teacher
 
 REPLY = "<opinion>correct</opinion>\n<reason>{reason}</reason>\n<phrase>{phrase}</phrase>"
@@ -71,3 +75,40 @@ class DistantTeacher(ScriptedTeacher):
     def reply(self, chats: Sequence[Chat], params: ReplyParams) -> list[Reply]:
         self.waited += not self.computed.wait(timeout=20)
         return super().reply(chats, params)
+
+
+class OddTeacher(ScriptedTeacher):
+    """Says something else to everybody, in turn.
+
+    Attributes:
+        texts: What it says.
+    """
+
+    texts: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._turns = cycle(self.texts)
+
+    def reply(self, chats: Sequence[Chat], params: ReplyParams) -> list[Reply]:
+        return [Reply(next(self._turns)) for _ in chats]
+
+
+class MoodyReward(Reward):
+    """1 for every response, but for those to questions whose gold answer is in a mood's list."""
+
+    raises, hangs, returns = ("1",), ("2",), {"3": float("nan"), "4": "one"}
+
+    def score(self, responses: Sequence[Response]) -> list[float]:
+        answers = [r.answer for r in responses]
+        if any(a in self.raises for a in answers):
+            raise KeyError("no such answer")
+        if any(a in self.hangs for a in answers):
+            time.sleep(1000)
+        return [self.returns.get(a, 1.0) for a in answers]
+
+
+class BrokenReward(MoodyReward):
+    """Raises always."""
+
+    raises = tuple(map(str, range(10)))

@@ -11,6 +11,8 @@ from thinktuning.checkpointing import META, AtomicCheckpointIO, put
 from thinktuning.errors import InputError
 from thinktuning.runs import last_checkpoint
 
+pytestmark = pytest.mark.faults
+
 STATE = {
     "state_dict": {"policy.weight": torch.arange(6.0).view(2, 3)},
     "optimizer_states": [

@@ -17,6 +17,7 @@ from thinktuning.teaching import (
     ReplyParams,
     ask_in_form,
     format_feedback,
+    in_script_of,
     parse_feedback,
 )
 from thinktuning.types import Feedback
@@ -103,12 +104,15 @@ def test_a_part_may_hold_signs_that_are_no_tags():
 
 
 # Text that comes as close to the tags as it can.
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 near_tags = st.lists(
     st.sampled_from([*TAGS, *(tag[:-1] for tag in TAGS), "<", ">", "</", "2 < 3", "\n", "correct"])
     | st.text(max_size=4),
     max_size=12,
 ).map("".join)
-parts = near_tags.map(str.strip).filter(lambda part: part and not any(t in part for t in TAGS))
+parts = near_tags.map(str.strip).filter(
+    lambda part: part and not any(t in part for t in TAGS) and not CONTROL.search(part)
+)
 
 
 @given(st.sampled_from(["correct", "incorrect"]), parts, parts)
@@ -122,6 +126,34 @@ def test_any_text_is_read_or_refused_and_never_an_error(text):
     feedback = parse_feedback(text)
     if feedback is not None:
         assert [text.count(tag) for tag in TAGS] == [1] * 6
+
+
+@pytest.mark.parametrize("control", ["\x00", "\x1b[31m", "\x7f", "\x9b", "\b", "\ud800"])
+@pytest.mark.parametrize("place", ["reason", "phrase"])
+def test_control_characters_are_refused(control, place):
+    parts = {"reason": "Let me see.", "phrase": "It is 7."}
+    whole = format_feedback(Feedback("correct", **parts))
+    assert parse_feedback(whole) is not None
+    parts[place] = f"It {control} is"
+    assert parse_feedback(format_feedback(Feedback("correct", **parts))) is None
+    tabs = Feedback("correct", "one\ttwo\r\nthree", "four\nfive")
+    assert parse_feedback(format_feedback(tabs)) == tabs
+
+
+@pytest.mark.parametrize(
+    ("reason", "same"),
+    [
+        ("Wait, 2 + 2 is 4.", True),
+        ("等一下，我再检查一遍。", False),
+        ("Подожди, проверю.", False),
+        ("Let α be 4; then 等.", True),
+        ("42 = 42", True),
+    ],
+)
+def test_feedback_in_another_script_is_seen(reason, same):
+    feedback = Feedback("correct", reason, "7")
+    assert in_script_of(feedback, "How many are 6 of 7?", "It is 42.") is same
+    assert in_script_of(feedback, "Сколько?", "等一下，我再检查一遍。 abc α"), "whatever occurs"
 
 
 def test_of_all_orders_of_the_six_tags_one_is_read():

@@ -76,6 +76,7 @@ def test_every_number_of_a_batch():
         "reward": (6.0, 12),
         "reward/guided": (3.5, 5),
         "reward/unguided": (2.5, 7),
+        "reward/failed": (0, 12),
         "reward/MathReward": (5.0, 12),
         "reward/PhraseReward": (1.0, 12),
         # The student alone was right in: 2nd | 1st, 2nd, 4th | none.
@@ -109,6 +110,7 @@ def test_every_number_of_a_batch():
         "guidance/cached": (0, 9),
         "guidance/skipped_unavailable": (0, 10),
         "guidance/skipped_unparsed": (2, 10),
+        "guidance/skipped_other_script": (0, 10),
         "guidance/skipped_too_long": (1, 10),
         "guidance/skipped_special_token": (1, 10),
     }
@@ -131,6 +133,7 @@ def test_without_guidance_its_means_are_over_nothing():
         "guidance/skipped_prompt_too_long",
         "guidance/skipped_unavailable",
         "guidance/skipped_unparsed",
+        "guidance/skipped_other_script",
         "guidance/skipped_too_long",
         "guidance/skipped_special_token",
         "length/injected",

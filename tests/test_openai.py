@@ -30,6 +30,8 @@ from thinktuning.teaching import (
     teacher_chat,
 )
 
+pytestmark = pytest.mark.faults
+
 HERE = Path(__file__).parent
 PARAMS = ReplyParams(max_new_tokens=20, max_prompt_tokens=100)
 UNAVAILABLE = Reply(skipped="unavailable")
@@ -153,6 +155,11 @@ def engine(server):
 def test_tokens_are_those_that_the_server_counts(server, engine, usage, tokens):
     server.answer = lambda body: (200, says("yes") | {"usage": usage})
     assert engine().reply([chat("a")], PARAMS) == [Reply("yes", tokens=tokens)]
+
+
+def test_halves_of_characters_are_replaced(server, engine):
+    server.answer = lambda body: (200, says("a\ud800b \ud83d\ude00"))
+    assert engine().reply([chat("a")], PARAMS) == [Reply("a\ufffdb \N{GRINNING FACE}")]
 
 
 def test_a_request_says_what_to_write_and_nothing_more(server, engine):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from running import audit, fit_arguments, run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 STEPS = 6
 
@@ -53,7 +53,9 @@ def left_alone(student, questions, tmp_path_factory) -> Path:
 
 
 # Steps count from 0 and checkpoints follow steps 1, 3 and 5, so each kill loses work.
-@pytest.mark.parametrize("moment", ["rollout:2", "update:3", "checkpoint:3", "guidance:4"])
+@pytest.mark.parametrize(
+    "moment", ["rollout:2", "update:3", "checkpoint:3", "validation:3", "guidance:4"]
+)
 def test_a_killed_run_resumes_bit_for_bit(student, questions, tmp_path, left_alone, moment):
     killed = run(command(student(), questions, tmp_path), KILL_AT=moment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]

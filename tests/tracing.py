@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from thinktuning.types import RolloutBatch
 class Trace(StageObserver):
     """One JSON line per step: prompts, tokens, logprobs, rewards, advantages, metrics, as hex.
 
-    ``KILL_AT=stage:step`` sends this process SIGKILL: at the beginning of a stage, in the middle of
-    the two optimizer steps (``update``), or half-way through writing a checkpoint (``checkpoint``).
+    ``KILL_AT=stage:step`` sends this process SIGKILL, or the signal ``KILL_BY``: at the beginning
+    of a stage, behind a batch of validation, in the middle of the two optimizer steps (``update``),
+    or half-way through writing a checkpoint. ``KILL_BY=hang`` stays there for ever instead.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.kill_stage, _, step = os.environ.get("KILL_AT", "never:0").partition(":")
         self.kill_step = int(step)
+        self.kill_by = os.environ.get("KILL_BY", str(int(signal.SIGKILL)))
         if self.kill_stage == "update":
             self._die_between_optimizer_steps(trainer)
         if self.kill_stage == "checkpoint":
@@ -37,7 +40,7 @@ class Trace(StageObserver):
         def optimizer_step(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
             if self._due(trainer):
-                os.kill(os.getpid(), signal.SIGKILL)
+                self._die()
             return result
 
         trainer.strategy.optimizer_step = optimizer_step
@@ -52,13 +55,23 @@ class Trace(StageObserver):
                 return save(content, file)
             file.write(b"half a checkpoint")
             file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+            self._die()
 
         torch.save = half
 
     def on_stage(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if stage == self.kill_stage != "update" and self._due(trainer):
-            os.kill(os.getpid(), signal.SIGKILL)
+            self._die()
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.kill_stage == "validation" and self._due(trainer):
+            self._die()
+
+    def _die(self) -> None:
+        self.kill_step = -1  # once
+        if self.kill_by == "hang":
+            time.sleep(1000)
+        os.kill(os.getpid(), int(self.kill_by))
 
     def on_train_batch_end(
         self,

@@ -3,7 +3,9 @@
 import os
 import shutil
 import struct
+import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,10 +15,13 @@ from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
-from thinktuning.errors import InputError
+from thinktuning.errors import InputError, UnsavedError
 
 META = "meta.pt"
 """What a folder holds beside its tensors; written last."""
+
+SIZES = "file_sizes"
+"""Key in it: the sizes of the folder's other files."""
 
 # What torch.load was seen to raise on cut off, overwritten and foreign files.
 DAMAGED = (
@@ -44,9 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Write a checkpoint to a local path."""
         assert storage_options is None, "local files take no storage options"
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(checkpoint, path)
+        save_file(checkpoint, Path(path))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -76,16 +79,67 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def save_file(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a file that appears under its name when it is whole, on the disk."""
+    """Write a file that appears under its name when it is whole, on the disk.
+
+    Raises:
+        UnsavedError: If that can't be done; what had the name is still there.
+    """
     unfinished = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         put(unfinished, path)
+    except (OSError, RuntimeError) as error:  # torch's own writer has the latter for a full disk
+        raise UnsavedError(unsaved(path, error)) from error
     finally:
-        unfinished.unlink(missing_ok=True)  # half a checkpoint on a full disk helps nobody
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)  # half a checkpoint on a full disk helps nobody
+
+
+def unsaved(path: Path, error: BaseException) -> str:
+    """Why a checkpoint isn't there."""
+    return (
+        f"the checkpoint {str(path)!r} can't be written: {_in_one_line(error)}; make room on the "
+        f"disk, or give another trainer.default_root_dir"
+    )
+
+
+def is_whole(path: Path) -> bool:
+    """Whether nothing of a checkpoint is missing, by sizes; ``fault`` reads every byte."""
+    if not path.is_dir():
+        return zipfile.is_zipfile(path)
+    meta = path / META
+    if not zipfile.is_zipfile(meta):
+        return False
+    sizes = read_file(meta).get(SIZES, {})
+    return all(_size(path / name) == size for name, size in sizes.items())
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint by the checksums in it and the sizes of a folder's files."""
+    file = path / META if path.is_dir() else path
+    try:
+        with zipfile.ZipFile(file) as archive:
+            wrong = archive.testzip()
+    except (zipfile.BadZipFile, *DAMAGED) as error:
+        return damaged(path, error)
+    if wrong is not None:
+        return damaged(path, ValueError(f"the checksum of {wrong} is another"))
+    if not is_whole(path):
+        return damaged(path, ValueError("a file in it is missing or cut off"))
+    return None
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """The sizes in bytes of a folder's files, for ``is_whole``."""
+    return {file.name: file.stat().st_size for file in folder.iterdir()}
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
 
 
 def put(finished: Path, path: Path) -> None:
@@ -171,6 +225,9 @@ def damaged(path: Path, error: BaseException) -> str:
     """Why a checkpoint can't be read."""
     return (
         f"the checkpoint {str(path)!r} is damaged, was not written by `thinktuning fit`, or has "
-        f"the state of another optimizer: "
-        f"{(str(error) or repr(error)).splitlines()[0]}"
+        f"the state of another optimizer: {_in_one_line(error)}"
     )
+
+
+def _in_one_line(error: BaseException) -> str:
+    return (str(error) or repr(error)).splitlines()[0]

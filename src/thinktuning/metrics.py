@@ -11,7 +11,14 @@ from torch import Tensor
 from thinktuning.objective import Mean
 from thinktuning.types import Outcome, Rollout, RolloutBatch
 
-SKIP_REASONS = ("prompt_too_long", "unavailable", "unparsed", "too_long", "special_token")
+SKIP_REASONS = (
+    "prompt_too_long",
+    "unavailable",
+    "unparsed",
+    "other_script",
+    "too_long",
+    "special_token",
+)
 
 
 class StepMetrics:
@@ -21,6 +28,18 @@ class StepMetrics:
         self.seconds: dict[str, float] = {}
         self._means: dict[str, Mean] = {}
         self._peaks: dict[str, Tensor] = {}
+
+    def copy(self) -> "StepMetrics":
+        """The numbers so far."""
+        kept = StepMetrics()
+        kept.restore(self)
+        return kept
+
+    def restore(self, kept: "StepMetrics") -> None:
+        """Forget what came after ``kept`` was copied."""
+        self.seconds = dict(kept.seconds)
+        self._means = dict(kept._means)
+        self._peaks = dict(kept._peaks)
 
     def add(self, means: Mapping[str, Mean]) -> None:
         """Add sums and weights to what is there under the same names."""
@@ -77,6 +96,7 @@ def rollout_means(batch: RolloutBatch) -> dict[str, Mean]:
         "reward": mean(_reward(r) for r in rollouts),
         "reward/guided": mean(_reward(r) for r in guided),
         "reward/unguided": mean(_reward(r) for r in unguided),
+        "reward/failed": mean(r.reward_failed for r in rollouts),
         "accuracy/student": mean(_correct(r.original or r) for r in rollouts),
         "accuracy/before_guidance": mean(_correct(before) for before, _ in pairs),
         "accuracy/after_guidance": mean(_correct(after) for _, after in pairs),

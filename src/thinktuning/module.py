@@ -10,10 +10,12 @@ How it differs from the paper and from the authors' recipe:
 * The teacher's reply is constrained to its tagged form (option: free, as ``configs/gsm8k.yaml``).
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
 from thinktuning.callbacks.base import RolloutCallback
@@ -23,7 +25,7 @@ from thinktuning.metrics import StepMetrics, rollout_means
 from thinktuning.objective import Mean, ObjectiveConfig
 from thinktuning.policy import load_model, without_adapters
 from thinktuning.policy_module import PolicyModule
-from thinktuning.rewards import MathReward, Reward, score
+from thinktuning.rewards import MathReward, Reward, RewardGuard, score
 from thinktuning.tensors import with_advantages
 from thinktuning.types import Prompt, RolloutBatch
 from thinktuning.update import PolicyUpdate
@@ -42,6 +44,11 @@ class ThinkTuningModule(PolicyModule):
         num_mini_batches: Optimizer steps per rollout batch; divides the questions of a rank.
         objective: What the update optimises.
         rewards: Added up; null is 1 for a correct answer.
+        reward_seconds: Deadline of a call of a reward, > 0. One that raises, hangs or returns no
+            number earns that response 0 (reward/failed).
+        max_failed_rewards: The run ends behind so many such responses in a row, >= 1.
+        max_logprob_gap: Warns in every step in which the engine's logprobs and the trainer's differ
+            by more on average, in nats; null never does. bfloat16 makes 0.03.
         kwargs: Those of ``PolicyModule``. The frozen reference begins as the same weights as the
             student; the engine also samples from the teacher where that has no engine of its own.
     """
@@ -55,17 +62,34 @@ class ThinkTuningModule(PolicyModule):
         num_mini_batches: int = 1,
         objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008 (frozen)
         rewards: list[Reward] | None = None,
+        reward_seconds: float = 60.0,
+        max_failed_rewards: int = 16,
+        max_logprob_gap: float | None = 0.2,
         **kwargs: Any,
     ) -> None:
-        faults = too_small(("group_size", group_size, 2), ("num_mini_batches", num_mini_batches, 1))
-        if temperature <= 0:
+        faults = too_small(
+            ("group_size", group_size, 2),
+            ("num_mini_batches", num_mini_batches, 1),
+            ("max_failed_rewards", max_failed_rewards, 1),
+        )
+        for name, value in (
+            ("reward_seconds", reward_seconds),
+            ("max_logprob_gap", max_logprob_gap),
+        ):
+            if value is not None and value <= 0:
+                faults.append(f"{name} must be positive, got {value}")
+        if not 0 < temperature < math.inf:
             faults.append(f"temperature must be positive, got {temperature}")
+        if rewards is not None and not rewards:
+            faults.append("rewards must name at least one, or be null for a correct answer's")
         super().__init__(faults=faults, **kwargs)
         self.group_size = group_size
         self.temperature = temperature
         self.num_mini_batches = num_mini_batches
         self.objective = objective
         self.rewards: Sequence[Reward] = [MathReward()] if rewards is None else rewards
+        self.guard = RewardGuard(reward_seconds, max_failed_rewards)
+        self.max_logprob_gap = max_logprob_gap
 
     # ---------------------------------------------------------------- models
 
@@ -115,7 +139,7 @@ class ThinkTuningModule(PolicyModule):
                     rollouts = callback.on_rollouts(self.trainer, self, rollouts)
             self.engine.sleep()
             with self._stage("reward", metrics):
-                rollouts = score(rollouts, self.rewards)
+                rollouts = score(rollouts, self.rewards, self.guard)
                 rollouts = with_advantages(rollouts, self.objective.advantage_scale)
             with self._stage("logprobs", metrics):
                 inputs = update.inputs(rollouts)
@@ -130,7 +154,19 @@ class ThinkTuningModule(PolicyModule):
             self._note_speed(metrics, "guidance", sum(replies))
             teaching = Mean(metrics.seconds["guidance"], metrics.seconds["step"])
             metrics.add({"time_share/guidance": teaching})
-        return {"rollouts": rollouts, "metrics": self._log_step(rollouts.step, metrics)}
+        values = self._log_step(rollouts.step, metrics)
+        self._watch_drift(values)
+        return {"rollouts": rollouts, "metrics": values}
+
+    def _watch_drift(self, values: Mapping[str, float]) -> None:
+        """Say so where the engine doesn't sample from the policy that is trained."""
+        gap, limit = values.get("engine/logprob_gap", 0.0), self.max_logprob_gap
+        if limit is not None and gap > limit:
+            rank_zero_warn(
+                f"step {self.global_step}: logprobs of the engine and of the trainer differ by "
+                f"{gap:.3f} nats on average, more than model.max_logprob_gap={limit}: what is "
+                f"trained on is less and less what the policy would say; see docs/engines.md"
+            )
 
     def work_ahead(self, rollouts: RolloutBatch, places: Sequence[int]) -> None:
         """Let a stage that waits for another machine use the time, on all ranks alike.

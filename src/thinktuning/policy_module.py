@@ -44,6 +44,7 @@ from thinktuning.policy import (
     suitable,
     with_adapters,
 )
+from thinktuning.recovery import SkippedSteps
 from thinktuning.resuming import begin_new_epoch
 from thinktuning.rewards import verify_math
 from thinktuning.strategy import FSDP2Strategy, check_strategy
@@ -70,6 +71,8 @@ class PolicyModule(LightningModule):
         optimizer: A torch optimizer class and its arguments.
         warmup_steps: Batches over which the learning rate rises from 0; constant after.
         max_grad_norm: Gradients are clipped to this norm; null doesn't clip.
+        max_skipped_steps: An optimizer step with a loss or a gradient that isn't finite is skipped,
+            and its batch kept in the run's folder; behind so many in a row the run ends. >= 1.
         attention: Transformers' attn_implementation. grouped_sdpa computes what sdpa does, without
             copying the keys and values that heads share.
         scoring: How logprobs are computed; neither choice changes them. What doesn't suit the model
@@ -96,6 +99,7 @@ class PolicyModule(LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.01),
         warmup_steps: int = 0,
         max_grad_norm: float | None = 1.0,
+        max_skipped_steps: int = 10,
         attention: str = GROUPED,
         scoring: Scoring = Scoring(),  # noqa: B008 (frozen)
         activation_checkpointing: bool = False,
@@ -111,9 +115,10 @@ class PolicyModule(LightningModule):
                 ("micro_batch_size", micro_batch_size, 1),
                 ("micro_batch_tokens", 1 if micro_batch_tokens is None else micro_batch_tokens, 1),
                 ("warmup_steps", warmup_steps, 0),
+                ("max_skipped_steps", max_skipped_steps, 1),
             ),
         ]
-        if max_grad_norm is not None and max_grad_norm <= 0:
+        if max_grad_norm is not None and not max_grad_norm > 0:
             faults.append(f"max_grad_norm must be positive or null, got {max_grad_norm}")
         if (fault := own_weights(engine)) is not None:
             faults.append(fault)
@@ -129,11 +134,13 @@ class PolicyModule(LightningModule):
         self.optimizer_factory = optimizer
         self.warmup_steps = warmup_steps
         self.max_grad_norm = max_grad_norm
+        self.skipped = SkippedSteps(max_skipped_steps)
         self.attention = attention
         self.scoring = scoring
         self.activation_checkpointing = activation_checkpointing
         self.lora = lora
         self.seed = seed
+        self._resumed_optimizer: str | None = None
         self.val_accuracy, self.val_no_answer = MeanMetric(), MeanMetric()
         self.val_length, self.val_cut_off = MeanMetric(), MeanMetric()
 
@@ -207,7 +214,16 @@ class PolicyModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and a learning rate that is constant after its warm-up."""
-        optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
+        trained = (p for p in self.policy.parameters() if p.requires_grad)
+        try:
+            optimizer = self.optimizer_factory(trained)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"model.optimizer can't be made: {error}") from error
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise InputError(
+                "model.optimizer LBFGS asks for the loss several times a step, which isn't "
+                "supported; use torch.optim.AdamW"
+            )
         of_library = type(optimizer).__module__.partition(".")[0]
         if of_library == "bitsandbytes" and isinstance(self.trainer.strategy, FSDP2Strategy):
             raise InputError(
@@ -222,6 +238,12 @@ class PolicyModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Begin a new epoch where the checkpoint was made at the end of one."""
+        now, before = self._optimizer_name(), self._resumed_optimizer
+        if before not in (None, now):  # not earlier: strategies make optimizers at their own time
+            raise InputError(
+                f"the checkpoint has the state of another optimizer, {before}, not of {now}; give "
+                f"that one as model.optimizer"
+            )
         begin_new_epoch(self.trainer)
         self._available_flops = get_available_flops(self.device, self._compute_dtype)
 
@@ -238,6 +260,7 @@ class PolicyModule(LightningModule):
         """Note which model the weights belong to."""
         checkpoint["pretrained"] = self.pretrained
         checkpoint["lora"] = None if self.lora is None else asdict(self.lora)
+        checkpoint["optimizer"] = self._optimizer_name()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that aren't this policy's; strict loading would miss frozen ones."""
@@ -251,6 +274,7 @@ class PolicyModule(LightningModule):
                 f"the checkpoint's adapters belong to {checkpoint['pretrained']!r}, not to "
                 f"{self.pretrained!r}"
             )
+        self._resumed_optimizer = checkpoint.get("optimizer")
         expected, found = set(self.state_dict()), set(checkpoint["state_dict"])
         if expected != found:
             raise InputError(
@@ -258,6 +282,10 @@ class PolicyModule(LightningModule):
                 f"{len(expected - found)} of its weights and has {len(found - expected)} others, "
                 f"e.g. {sorted(expected ^ found)[0]!r}; give the configuration it was made with"
             )
+
+    def _optimizer_name(self) -> str:
+        kind = type(self.trainer.optimizers[0])
+        return f"{kind.__module__}.{kind.__name__}"
 
     # -------------------------------------------------------------- sampling
 
@@ -271,6 +299,14 @@ class PolicyModule(LightningModule):
     ) -> list[list[Completion]]:
         if not prompts:  # this rank's part of the last validation batch
             return []
+        largest, rows = max(i for p in prompts for i in p.token_ids), self.policy.config.vocab_size
+        if largest >= rows:
+            raise InputError(
+                f"the tokenizer of {self.pretrained!r} doesn't fit the model: its token "
+                f"{self.tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, and the "
+                f"model's vocabulary has {rows}; give the tokenizer that belongs to the model, or "
+                f"resize the model's embeddings and save it"
+            )
         longest, limit = max(len(p.token_ids) for p in prompts), self.engine.context_length
         if limit is not None and longest + params.max_new_tokens > limit:
             raise InputError(

@@ -21,15 +21,20 @@ def new_run(root: Path) -> Path:
     return root / f"{_VERSION}{max(taken, default=-1) + 1}"
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first, without links and folders that aren't finished."""
+    found = [p for p in folder.glob("*.ckpt") if not p.is_symlink()]
+    # A folder is as old as what was written into it last; without that it isn't finished.
+    written = {p: p / META if p.is_dir() else p for p in found}
+    finished = [p for p in found if written[p].is_file()]
+    return sorted(finished, key=lambda p: written[p].stat().st_mtime_ns, reverse=True)
+
+
 def last_checkpoint(root: Path) -> Path | None:
     """The newest checkpoint of the newest run that has one."""
     for run in reversed(versions(root)):
-        found = [p for p in (run / CHECKPOINTS).glob("*.ckpt") if not p.is_symlink()]
-        # A folder is as old as what was written into it last; without that it isn't whole.
-        written = {p: p / META if p.is_dir() else p for p in found}
-        whole = [p for p in found if written[p].is_file()]
-        if whole:
-            return max(whole, key=lambda p: written[p].stat().st_mtime_ns)
+        if found := checkpoints(run / CHECKPOINTS):
+            return found[0]
     return None
 
 

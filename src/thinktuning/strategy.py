@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -25,16 +26,19 @@ from torch.optim import Optimizer
 from thinktuning.checkpointing import (
     DAMAGED,
     META,
+    SIZES,
     by_index,
     by_name,
     damaged,
+    file_sizes,
     put,
     read_file,
     read_meta,
     save_file,
     sharded_names,
+    unsaved,
 )
-from thinktuning.errors import InputError
+from thinktuning.errors import InputError, UnsavedError
 
 _FSDP2 = """\
 trainer:
@@ -120,11 +124,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         state = {"state_dict": checkpoint.pop("state_dict")}
         optimizers = checkpoint.pop("optimizer_states", [])
         state |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
-        distributed_checkpoint.save(state, checkpoint_id=unfinished)
-        if self.is_global_zero:
-            save_file(checkpoint, unfinished / META)
-            put(unfinished, path)
-        self.barrier()
+        try:
+            distributed_checkpoint.save(state, checkpoint_id=unfinished)
+        except CheckpointException as error:  # on all ranks, whichever of them failed
+            raise UnsavedError(unsaved(path, error)) from error
+        try:
+            if self.is_global_zero:
+                save_file(checkpoint | {SIZES: file_sizes(unfinished)}, unfinished / META)
+                put(unfinished, path)
+        finally:
+            self.barrier()
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None

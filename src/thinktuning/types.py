@@ -103,6 +103,7 @@ class Rollout:
         outcome: The verifier's finding; set by scoring.
         reward: Sum of all rewards; set by scoring.
         reward_parts: Weighted rewards by name; they sum up to ``reward``.
+        reward_failed: A reward had no number for it, which counts as 0; set by scoring.
         advantage: Group-relative advantage; set after scoring.
     """
 
@@ -118,6 +119,7 @@ class Rollout:
     outcome: Outcome | None = None
     reward: float | None = None
     reward_parts: Mapping[str, float] = field(default_factory=dict)
+    reward_failed: bool = False
     advantage: float | None = None
 
     @property

@@ -10,7 +10,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from thinktuning.errors import LostGradientsError
+from thinktuning.errors import InputError, LostGradientsError
 from thinktuning.metrics import StepMetrics
 from thinktuning.objective import (
     LossOutput,
@@ -28,6 +28,7 @@ from thinktuning.policy import (
     rounded_weights,
     whole,
 )
+from thinktuning.recovery import halve_micro_batches, is_out_of_memory, too_little_memory
 from thinktuning.tensors import lengths_of, micro_batches, policy_inputs, split, trim
 from thinktuning.types import PolicyInputs, RolloutBatch
 
@@ -123,18 +124,15 @@ class Update(ABC):
             weighted = self.trained_rows(self._with_token_weights(mini))
             tokens += int(weighted.completion_mask.sum())
             flop += self._flop(weighted)
-            signal = torch.zeros((), device=self.module.device)
-            with rounded_weights(self.module.policy) as sums:
-                backward = Tensor.backward if sums.needed else self.module.manual_backward
-                for micro in self._micro_batches(mini, weighted):
-                    signal += self._backward(micro, backward)
-            sums.deliver(self.module.manual_backward)
+            signal, loss = self._accumulated(mini, weighted)
             self._fill_missing_gradients()
             norm = self._clip_gradients()
-            self._check_arrival(signal, norm)
-            finite = bool(norm.isfinite())
-            if not finite:
+            finite = bool(norm.isfinite() & self._over_ranks(loss, "sum").isfinite())
+            if finite:
+                self._check_arrival(signal, norm)
+            else:
                 optimizer.zero_grad()  # the optimizer passes over missing gradients
+            self.module.skipped.note(finite, mini, self.module)
             clean_norm = norm.item() if finite else 0.0
             self.metrics.add({"optimizer/grad_norm": Mean(clean_norm, int(finite))})
             self.metrics.add({"optimizer/skipped_steps": Mean(int(not finite), 1)})
@@ -150,6 +148,39 @@ class Update(ABC):
         # each rank counts its steps.
         self.metrics.add({"objective/loss": Mean(0.0, self.num_mini_batches)})
         return Work(tokens, flop)
+
+    def _accumulated(self, mini: PolicyInputs, trained: PolicyInputs) -> Tensor:
+        """Gradients of a mini-batch, with one more try where memory doesn't suffice.
+
+        Returns:
+            float32 [2]: the sum of the absolute gradients of the logprobs, and the loss.
+        """
+        noted = self.metrics.copy()
+        try:
+            return self._accumulate(mini, trained)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        # Behind the handler, which would hold what the failed pass has computed.
+        self.module.zero_grad()
+        self.metrics.restore(noted)
+        halve_micro_batches(self.module, reason)
+        try:
+            return self._accumulate(mini, trained)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(too_little_memory(self.module, reason)) from error
+
+    def _accumulate(self, mini: PolicyInputs, trained: PolicyInputs) -> Tensor:
+        sums = torch.zeros(2, device=self.module.device)
+        with rounded_weights(self.module.policy) as gradients:
+            backward = Tensor.backward if gradients.needed else self.module.manual_backward
+            for micro in self._micro_batches(mini, trained):
+                sums += self._backward(micro, backward)
+        gradients.deliver(self.module.manual_backward)
+        return sums
 
     def _flop(self, inputs: PolicyInputs) -> float:
         cost, lengths = forward_cost(self.module.policy), lengths_of(inputs)
@@ -199,7 +230,7 @@ class Update(ABC):
         return replace(mini, token_weights=weights * self.module.trainer.world_size)
 
     def _backward(self, micro: PolicyInputs, backward: Callable[[Tensor], None]) -> Tensor:
-        """Add a micro-batch's gradients; returns the sum of those of its logprobs, all positive."""
+        """Add a micro-batch's gradients; see ``_accumulated`` for what is returned."""
         scores = completion_logprobs(
             self.module.policy, micro, self.temperature, self.module.scoring
         )
@@ -210,7 +241,7 @@ class Update(ABC):
         backward(output.loss)
         assert scores.logprobs.grad is not None
         self.observe(micro, scores, output)
-        return scores.logprobs.grad.abs().sum()
+        return torch.stack([scores.logprobs.grad.abs().sum(), output.loss.detach()])
 
     def _fill_missing_gradients(self) -> None:
         """A step without any gradient is one of gradient zero: momentum and weight decay go on."""

@@ -2,25 +2,30 @@
 
 import re
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jsonargparse
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 
-from thinktuning import runs
+from thinktuning import checkpointing, runs
 from thinktuning.callbacks import (
     AuditLog,
     BehaviorInjection,
+    ResumeCheck,
     RolloutCheckpoint,
     TeacherGuidance,
 )
 from thinktuning.checkpointing import AtomicCheckpointIO
+from thinktuning.doctor import examine, is_healthy, print_findings
 from thinktuning.engines import Engine, TransformersEngine
 from thinktuning.errors import InputError
 from thinktuning.evaluation import EvaluationModule
@@ -28,6 +33,7 @@ from thinktuning.evaluation.display import print_results
 from thinktuning.plan import PlanOptions, make_plan, print_plan, read_job
 from thinktuning.report import print_guidance, print_next_steps
 from thinktuning.strategy import check_strategy
+from thinktuning.trained import read_training
 
 Method = Literal["thinktuning", "sft", "star", "evaluation"]
 
@@ -142,7 +148,18 @@ class TrainingCLI(MethodCLI):
         """Give the run its folder: a new one, or that of the checkpoint it resumes from."""
         settings = self._get(self.config_init, "trainer")
         check_strategy(settings["strategy"])  # before Lightning, which would fail less clearly
+        if settings["check_val_every_n_epoch"] == 0:
+            raise InputError(
+                "trainer.check_val_every_n_epoch must be at least 1 or null, got 0; to validate "
+                "never set data.val_size 0"
+            )
+        if self._get(self.config_init, "checkpoint").dirpath is not None:
+            raise InputError(
+                "checkpoint.dirpath can't be set: checkpoints lie in their run's folder; set "
+                "trainer.default_root_dir"
+            )
         root = Path(settings["default_root_dir"])
+        _check_writable(root)
         checkpoint = self._checkpoint(root)
         run = (checkpoint and runs.run_of(checkpoint)) or runs.new_run(root)
         self.config_init[self.subcommand]["ckpt_path"] = str(checkpoint) if checkpoint else None
@@ -153,24 +170,36 @@ class TrainingCLI(MethodCLI):
         for callback in self.trainer_defaults["callbacks"]:
             if isinstance(callback, AuditLog):
                 callback.folder = run
+            if isinstance(callback, ResumeCheck):
+                callback.configuration = self._settings()
         kwargs = self._logging_into(run, kwargs)
         return super().instantiate_trainer(**kwargs, plugins=[*plugins, AtomicCheckpointIO()])
+
+    def _settings(self) -> dict[str, str]:
+        """Every setting of this start by its dotted name."""
+        verb = self.subcommand
+        dumped = yaml.safe_load(self._parser(verb).dump(self.config[verb], skip_unset=False))
+        return {
+            name: str(value) for name, value in _flat(dumped) if name not in ("config", "ckpt_path")
+        }
 
     def _checkpoint(self, root: Path) -> Path | None:
         """What ``--ckpt_path`` means."""
         wanted = self._get(self.config_init, "ckpt_path")
         if wanted is None:
             return None
-        if wanted == "last":
-            found = runs.last_checkpoint(root)
-            if found is None:
-                rank_zero_warn(f"there is no checkpoint under {root}: the run starts afresh")
-            return found
-        if not Path(wanted).exists():
+        found = runs.last_checkpoint(root) if wanted == "last" else Path(wanted)
+        if found is None:
+            rank_zero_warn(f"there is no checkpoint under {root}: the run starts afresh")
+        elif not found.exists():
             raise InputError(
                 f"there is no checkpoint {wanted!r}; expected a file, a folder or 'last'"
             )
-        return Path(wanted)
+        else:
+            if self.subcommand == "fit":
+                _check_sound(found)
+            read_training(found)  # before Lightning, which would fail less clearly
+        return found
 
     def before_fit(self) -> None:
         """Keep the configuration of every start."""
@@ -240,6 +269,25 @@ class PlanCLI(ThinkTuningCLI):
         print_plan(make_plan(read_job(self.config, options)), options, Console())
 
 
+class DoctorCLI(ThinkTuningCLI):
+    """``thinktuning doctor``: reads what ``fit`` reads, and makes no run of it."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """No subcommands, and no options but those of ``fit``."""
+        parser = super().init_parser(**kwargs)
+        parser.usage = "thinktuning doctor [-c FILE]... [--SECTION.OPTION VALUE]..."
+        parser.add_argument("--ckpt_path", help="In the config.yaml of a run; not read.")
+        return parser
+
+    def instantiate_classes(self) -> None:
+        """Check instead."""
+        console = Console(highlight=False)
+        findings = examine(self.config, console)
+        print_findings(findings, console)
+        if not is_healthy(findings):
+            sys.exit(1)
+
+
 class EvaluationCLI(MethodCLI):
     """``method: evaluation``: wires model, benchmarks and engine together, for ``test``."""
 
@@ -283,7 +331,45 @@ class EvaluationCLI(MethodCLI):
             print_results(self.model.cells, self.model.summaries, Console())
 
 
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries by their dotted names."""
+    if not isinstance(tree, dict) or not tree:
+        yield path, tree
+        return
+    for key, value in tree.items():
+        yield from _flat(value, f"{path}.{key}" if path else str(key))
+
+
+@rank_zero_only
+def _check_sound(checkpoint: Path) -> None:
+    """Refuse a damaged checkpoint, and offer the newest older one that is sound."""
+    fault = checkpointing.fault(checkpoint)
+    if fault is None:
+        return
+    found = runs.checkpoints(checkpoint.parent)
+    newest = checkpoint.resolve()
+    older = found[found.index(newest) + 1 :] if newest in found else found
+    sound = next((other for other in older if checkpointing.fault(other) is None), None)
+    if sound is None:
+        raise InputError(f"{fault}\nThere is no older one in {checkpoint.parent} that is sound.")
+    raise InputError(f"{fault}\nThe one before it is sound: --ckpt_path {sound}")
+
+
+def _check_writable(root: Path) -> None:
+    """Refuse a folder for runs that none can be put into."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    except OSError as error:
+        raise InputError(
+            f"trainer.default_root_dir: runs can't be written into {str(root)!r} "
+            f"({error.strerror}); give a folder that you may write to"
+        ) from error
+
+
 def _seed(seed: bool | int) -> int:
     if isinstance(seed, bool):
         raise InputError("seed_everything must be an integer, so that the run can be repeated")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}")
     return seed

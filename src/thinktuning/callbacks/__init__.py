@@ -6,11 +6,13 @@ from thinktuning.callbacks.checkpoint import RolloutCheckpoint
 from thinktuning.callbacks.guidance import TeacherGuidance
 from thinktuning.callbacks.injection import BehaviorInjection
 from thinktuning.callbacks.progress import RolloutProgress
+from thinktuning.callbacks.resume import ResumeCheck
 from thinktuning.callbacks.samples import SampleLog
 
 __all__ = [
     "AuditLog",
     "BehaviorInjection",
+    "ResumeCheck",
     "RolloutCallback",
     "RolloutCheckpoint",
     "RolloutProgress",

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from thinktuning.callbacks.base import RolloutCallback
 from thinktuning.engines import Engine, derive_seed
-from thinktuning.errors import InputError
+from thinktuning.errors import AbsentTeacherError, InputError, too_small
 from thinktuning.teaching import (
     Behavior,
     CachedTeacher,
@@ -23,6 +24,7 @@ from thinktuning.teaching import (
     Teacher,
     ask_in_form,
     guided_count,
+    in_script_of,
     load_behaviors,
     parse_feedback,
     select_guided,
@@ -45,6 +47,8 @@ class TeacherGuidance(RolloutCallback):
     unguided. Constrained replies all parse: their probabilities are never used, so that masking
     them does no harm.
 
+    A teacher that is away leaves rollouts unguided, step by step, but not for ever.
+
     Args:
         gamma: Guided fraction of every group and how it changes over the run.
         behaviors: What the teacher is to show: names of shipped behaviors (self_conflict,
@@ -59,6 +63,8 @@ class TeacherGuidance(RolloutCallback):
             of the frozen reference, or a server. null: the frozen reference, in the student's
             engine.
         cache: Folder for the teacher's replies, so that none is paid for twice; null keeps none.
+        max_steps_without_teacher: The run ends behind so many steps in a row in which none of the
+            teacher's replies came; null: it goes on without.
     """
 
     stage = "guidance"
@@ -73,9 +79,16 @@ class TeacherGuidance(RolloutCallback):
         boxed: bool = False,
         teacher: Teacher | None = None,
         cache: str | None = None,
+        max_steps_without_teacher: int | None = 10,
     ) -> None:
-        if max_prompt_tokens < 1 or max_new_tokens < 1:
-            raise InputError("guidance: max_prompt_tokens and max_new_tokens must be at least 1")
+        patience = 1 if max_steps_without_teacher is None else max_steps_without_teacher
+        faults = too_small(
+            ("max_prompt_tokens", max_prompt_tokens, 1),
+            ("max_new_tokens", max_new_tokens, 1),
+            ("max_steps_without_teacher", patience, 1),
+        )
+        if faults:
+            raise InputError("guidance: " + "; ".join(faults))
         if boxed and not constrained:
             raise InputError("guidance: boxed needs constrained, which makes replies keep to it")
         self.gamma = gamma
@@ -85,7 +98,10 @@ class TeacherGuidance(RolloutCallback):
         self.form = FeedbackForm(max_new_tokens, boxed) if constrained else None
         self.teacher = teacher
         self.cache = None if cache is None else Path(cache).expanduser()
+        self.max_steps_without_teacher = max_steps_without_teacher
         self.planned_steps: int | None = None
+        self._steps_without_teacher = 0
+        self._phrases = _example_phrases(self.behaviors)
         self._cached: CachedTeacher | None = None
 
     def needs_reference(self) -> bool:
@@ -137,6 +153,7 @@ class TeacherGuidance(RolloutCallback):
         else:
             guidance = self._ask(module, asked)
         self._log_cache(module)
+        self._note_absence(trainer, guidance)
         guided = dict(zip(selected, guidance, strict=True))
         return rollouts.with_rollouts(
             tuple(
@@ -163,37 +180,54 @@ class TeacherGuidance(RolloutCallback):
         if isinstance(teacher, Engine) and teacher.needs_weights:
             with module.as_reference() as reference:
                 teacher.load_weights(reference, module.tokenizer)
-                replies = self._replies(teacher, chats)
+                replies = self.replies(self._cached or teacher, chats)
         else:
-            replies = self._replies(teacher, chats)
+            replies = self.replies(self._cached or teacher, chats)
         if self.teacher is not None:
             self.teacher.sleep()
-        return [self._guidance(reply) for reply in replies]
+        return [self._guidance(r, reply) for r, reply in zip(rollouts, replies, strict=True)]
 
     def _log_cache(self, module: "ThinkTuningModule") -> None:
         if self._cached is not None:
             module.log("guidance/cache_damaged", float(self._cached.damaged), batch_size=1)
             module.log("guidance/cache_unwritten", float(self._cached.unwritten), batch_size=1)
 
-    def _replies(self, teacher: Teacher, chats: Sequence[Chat]) -> list[Reply]:
+    def replies(self, teacher: Teacher, chats: Sequence[Chat]) -> list[Reply]:
+        """Ask a teacher in the way that is configured; one reply per chat."""
         if not chats:
             return []
-        if self._cached is not None:
-            teacher = self._cached
         if self.form is None:
             params = ReplyParams(self.max_new_tokens, self.max_prompt_tokens)
             return teacher.reply(chats, params)
         return ask_in_form(teacher, chats, self.form, self.max_prompt_tokens)
 
-    def _guidance(self, reply: Reply) -> Guidance:
+    def _guidance(self, rollout: Rollout, reply: Reply) -> Guidance:
         names = tuple(b.name for b in self.behaviors)
         if reply.skipped is not None:
             return Guidance(names, skipped=reply.skipped)
         feedback = parse_feedback(reply.text)
-        skipped = "unparsed" if feedback is None else None
+        skipped = None
+        if feedback is None:
+            skipped = "unparsed"
+        elif not in_script_of(feedback, rollout.prompt.question, rollout.text, *self._phrases):
+            feedback, skipped = None, "other_script"
         return Guidance(
             names, reply.text, feedback, skipped, reply.closed, reply.cached, reply.tokens
         )
+
+    def _note_absence(self, trainer: Trainer, guidance: Sequence[Guidance]) -> None:
+        """Count steps in which no rank's teacher has replied at all."""
+        away = sum(g.skipped == "unavailable" for g in guidance)
+        counts = torch.tensor([len(guidance), away], device=trainer.strategy.root_device)
+        asked, away = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        if asked:
+            self._steps_without_teacher = self._steps_without_teacher + 1 if away == asked else 0
+        limit = self.max_steps_without_teacher
+        if limit is not None and self._steps_without_teacher >= limit:
+            raise AbsentTeacherError(
+                f"the teacher hasn't replied for {limit} steps in a row: start its server again "
+                f"and go on with --ckpt_path last, or raise guidance.max_steps_without_teacher"
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the teacher."""
@@ -207,6 +241,11 @@ class TeacherGuidance(RolloutCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the schedule as it began."""
         self.planned_steps = state_dict["planned_steps"]
+
+
+def _example_phrases(behaviors: Sequence[Behavior]) -> list[str]:
+    """What feedback may sound like: that of the worked examples."""
+    return [e.feedback.reason + e.feedback.phrase for b in behaviors for e in b.examples]
 
 
 def _planned_steps(trainer: Trainer) -> int:

@@ -1,5 +1,6 @@
 """Where questions come from: a hub id, a local file in upstream's format, or reasoning-gym."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from thinktuning.errors import InputError
 REASONING_GYM = "reasoning-gym:"
 _MAX_FAULTS_SHOWN = 5
 _CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's notes for a calculator
-_NUMBER = re.compile(r"[-+]?\s*(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)")
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # a JSON escape can write one
+_NUMBER = re.compile(r"[-+]?\s*(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -86,21 +88,20 @@ def load_questions(
 
 def _stored(source: str, split: str, limit: int | None) -> Iterable[Mapping[str, Any]]:
     path = Path(source).expanduser()
-    builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    if path.suffix in builders and not path.is_file():
+    if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
         raise InputError(f"data: there is no file {str(path)!r}")
     try:
-        if path.suffix in builders:
-            rows = datasets.load_dataset(builders[path.suffix], data_files=str(path), split="train")
+        if path.suffix in (".jsonl", ".json"):
+            rows = _json_rows(path)
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            read = [dict.fromkeys(columns) | row for row in rows]
         else:
-            # GSM8K has two configurations with the same questions; others mostly have one.
-            name = "main" if source == "openai/gsm8k" else None
-            rows = datasets.load_dataset(source, name, split=split)
-        rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-        columns, read = rows.column_names, list(rows)
+            table = _loaded(source, split)
+            table = table if limit is None else table.select(range(min(limit, len(table))))
+            columns, read = table.column_names, list(table)
     except StopIteration as error:  # what datasets says of an empty file
         raise InputError(f"data: {source!r} has no rows") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         cause = error.__cause__ or error.__context__
         detail = f" ({cause})" if cause is not None else ""
@@ -109,13 +110,45 @@ def _stored(source: str, split: str, limit: int | None) -> Iterable[Mapping[str,
             f"expected a .jsonl or .parquet file with the columns 'question' and 'answer', "
             f"'{REASONING_GYM}NAME', or a hub id that this machine can reach"
         ) from error
+    if not read:
+        raise InputError(f"data: {source!r} has no rows")
     missing = {"question", "answer"} - set(columns)
     if missing:
         raise InputError(
             f"data: {source!r} has no column {' and '.join(map(repr, sorted(missing)))}; "
             f"its columns are {columns}"
         )
-    return read
+    return read[:limit]
+
+
+def _loaded(source: str, split: str) -> datasets.Dataset:
+    if Path(source).suffix == ".parquet":
+        path = str(Path(source).expanduser())
+        return datasets.load_dataset("parquet", data_files=path, split="train")
+    # GSM8K has two configurations with the same questions; others mostly have one.
+    name = "main" if source == "openai/gsm8k" else None
+    return datasets.load_dataset(source, name, split=split)
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows as they stand: ``datasets`` makes dates of texts that look like some."""
+    content = path.read_bytes().decode("utf-8-sig")
+    if content.lstrip().startswith("["):
+        rows = json.loads(content)
+    else:
+        # Not splitlines: a text may hold other signs that end a line.
+        lines = enumerate(content.split("\n"), start=1)
+        rows = [_json_row(number, line) for number, line in lines if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("every row must be an object with the keys 'question' and 'answer'")
+    return rows
+
+
+def _json_row(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} isn't JSON: {error}") from error
 
 
 def _generated(name: str, split: str, seed: int, size: int) -> Iterable[Mapping[str, Any]]:
@@ -136,6 +169,8 @@ def _questions(source: str, rows: Iterable[Mapping[str, Any]]) -> list[Question]
         gold = parse_gold(answer) if isinstance(answer, str) else None
         if not isinstance(text, str) or not text.strip():
             faults.append(f"row {index + 1}: 'question' must be a text, got {text!r:.60}")
+        elif _HALF_CHARACTER.search(f"{text}{answer}"):
+            faults.append(f"row {index + 1}: has half a character (a lone surrogate): {text!r:.60}")
         elif gold is None:
             faults.append(f"row {index + 1}: 'answer' has no gold answer, got {answer!r:.60}")
         else:

@@ -1,11 +1,13 @@
 """Talking to a server: what its clients share."""
 
 import os
+import re
 import textwrap
 from urllib.parse import urlsplit
 
 import openai
 
+_VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 _THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -39,7 +41,12 @@ def client_faults(concurrency: int, timeout: float, api_key_env: str | None) -> 
         faults.append(f"concurrency must be at least 1, got {concurrency}")
     if timeout <= 0:
         faults.append(f"timeout must be positive, got {timeout}")
-    if not api_key(api_key_env):
+    if api_key_env is not None and not _VARIABLE.fullmatch(api_key_env):
+        faults.append(
+            "api_key_env must be the name of an environment variable that has the key; what it is "
+            "isn't shown, since it may be the key itself"
+        )
+    elif not api_key(api_key_env):
         faults.append(f"the environment variable {api_key_env} with the key isn't set")
     return faults
 

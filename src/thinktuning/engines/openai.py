@@ -157,9 +157,11 @@ def _read(response: Any) -> Reply:
         raise ValueError("it sent no completion") from None
     if not isinstance(text, str | None):
         raise ValueError("it sent no text")
+    # JSON can write halves of characters, which no file in UTF-8 takes.
+    text = (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     tokens = getattr(getattr(response, "usage", None), "completion_tokens", None)
     return Reply(
-        text or "",
+        text,
         cut_off=choice.finish_reason == "length",
         tokens=tokens if isinstance(tokens, int) else 0,
     )

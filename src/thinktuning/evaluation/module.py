@@ -1,6 +1,8 @@
 """The LightningModule of an evaluation: one model, some prompting strategies."""
 
 import json
+import signal
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -204,6 +206,9 @@ class EvaluationModule(LightningModule):
 
     def on_test_start(self) -> None:
         """Give the engine the weights, and see that everything that will be asked fits it."""
+        # Lightning would note it and go on; every finished batch is on the disk already.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if not self._pending:
             return
         self.engine.wake()

@@ -43,7 +43,7 @@ class LoraSettings:
         faults = []
         if self.rank < 1:
             faults.append(f"rank must be at least 1, got {self.rank}")
-        if self.alpha <= 0:
+        if not self.alpha > 0:
             faults.append(f"alpha must be positive, got {self.alpha}")
         if self.base not in get_args(Base):
             faults.append(f"base must be one of {', '.join(get_args(Base))}, got {self.base!r}")

@@ -2,6 +2,7 @@
 
 from thinktuning.rewards.answers import LETTERS, extract_answer, judge, judge_version
 from thinktuning.rewards.base import Response, Reward
+from thinktuning.rewards.guard import RewardGuard
 from thinktuning.rewards.maths import MathReward, last_boxed, verify_math
 from thinktuning.rewards.phrase import PhraseReward
 from thinktuning.rewards.scoring import score
@@ -14,6 +15,7 @@ __all__ = [
     "PhraseReward",
     "Response",
     "Reward",
+    "RewardGuard",
     "extract_answer",
     "judge",
     "judge_version",

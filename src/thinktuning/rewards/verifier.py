@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import json
+import logging
 import os
 import select
 import subprocess
@@ -11,6 +12,8 @@ import threading
 import time
 
 from thinktuning.types import Outcome
+
+log = logging.getLogger(__name__)
 
 _START_SECONDS = 60.0  # importing sympy on a busy machine
 
@@ -32,7 +35,9 @@ class Verifier:
         atexit.register(self.close)
 
     def compare(self, boxed: str, answer: str) -> Outcome:
-        """``correct``, ``wrong``, ``no_answer`` (no mathematics in the box) or ``timeout``."""
+        """``correct``, ``wrong``, ``no_answer`` (no mathematics in the box) or ``timeout``, also
+        where the worker dies of it twice (of too little memory, mostly).
+        """
         request = json.dumps([boxed, answer]).encode() + b"\n"
         with self._lock:
             for _ in range(2):
@@ -46,7 +51,8 @@ class Verifier:
                 self.close()
                 if reply is None:
                     return Outcome.TIMEOUT
-        raise RuntimeError(f"the verifier's worker process died twice on {boxed!r} and {answer!r}")
+        log.warning("the verifier's worker process died twice on %.200r and %r", boxed, answer)
+        return Outcome.TIMEOUT
 
     def close(self) -> None:
         """End the worker, if there is one."""

@@ -7,7 +7,12 @@ from thinktuning.teaching.behaviors import (
     load_behaviors,
 )
 from thinktuning.teaching.cache import CachedTeacher
-from thinktuning.teaching.feedback import FeedbackForm, format_feedback, parse_feedback
+from thinktuning.teaching.feedback import (
+    FeedbackForm,
+    format_feedback,
+    in_script_of,
+    parse_feedback,
+)
 from thinktuning.teaching.injection import inject
 from thinktuning.teaching.schedule import GammaSchedule, guided_count, select_guided
 from thinktuning.teaching.teacher import (
@@ -33,6 +38,7 @@ __all__ = [
     "count_occurrences",
     "format_feedback",
     "guided_count",
+    "in_script_of",
     "inject",
     "load_behaviors",
     "parse_feedback",

@@ -1,7 +1,9 @@
 """The teacher's reply: three tagged parts, read strictly and, where wanted, written strictly."""
 
 import re
+import unicodedata
 from dataclasses import dataclass
+from functools import cache
 
 from thinktuning.errors import InputError
 from thinktuning.types import Feedback
@@ -14,6 +16,9 @@ _REPLY = re.compile(
     rf"\s*<opinion>{_PART}</opinion>\s*<reason>{_PART}</reason>\s*<phrase>{_PART}</phrase>\s*",
     re.DOTALL,
 )
+# Neither what a terminal would obey, nor halves of characters, which no tokenizer encodes.
+_CONTROLS = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
+_CONTROL = re.compile(rf"[{_CONTROLS}\ud800-\udfff]")
 # A reply in its constrained form, as far as it was written before the limit.
 _BEGUN = re.compile(
     r"(<opinion>\w+</opinion>\n<reason>)([^<]+)"
@@ -22,7 +27,8 @@ _BEGUN = re.compile(
 # What a part begins with: none of what str.strip takes away, else a part could be empty.
 _VISIBLE = r"[^<\x00-\x20\x7f-\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 # Inside of a box, where an escaped brace is a letter.
-_LETTER = r"([^<{}\n\\]|\\[^<\n])"
+_LETTER = rf"([^<{{}}\n\\{_CONTROLS}]|\\[^<\n{_CONTROLS}])"
+_ANY = rf"[^<{_CONTROLS}]"
 _TAG_TOKENS = 30  # about what the tags take
 _LONGEST_OPENING = len("<opinion>incorrect</opinion>\n<reason>…")
 
@@ -35,15 +41,33 @@ def parse_feedback(text: str) -> Feedback | None:
 
     Returns:
         The feedback, its parts stripped; None unless the reply is exactly the three parts in their
-        order, each once, none empty, with ``correct`` or ``incorrect`` as the opinion.
+        order, each once, none empty, with ``correct`` or ``incorrect`` as the opinion, and without
+        control characters.
     """
     match = _REPLY.fullmatch(text)
-    if match is None:
+    if match is None or _CONTROL.search(text):
         return None
     opinion, reason, phrase = (part.strip() for part in match.groups())
     if opinion not in OPINIONS or not reason or not phrase:
         return None
     return Feedback(opinion, reason, phrase)
+
+
+def in_script_of(feedback: Feedback, *texts: str) -> bool:
+    """Whether most of the feedback's letters are of scripts (Latin, Han, …) that occur in texts.
+
+    A teacher that falls into another language is mostly seen by that; one that writes French
+    instead of English isn't.
+    """
+    known = {_script(letter) for text in texts for letter in text if letter.isalpha()}
+    letters = [c for c in feedback.reason + feedback.phrase if c.isalpha()]
+    return 2 * sum(_script(letter) in known for letter in letters) >= len(letters)
+
+
+@cache
+def _script(letter: str) -> str:
+    """The first word of a letter's name, e.g. ``LATIN``."""
+    return unicodedata.name(letter, "").partition(" ")[0]
 
 
 def format_feedback(feedback: Feedback) -> str:
@@ -94,12 +118,12 @@ class FeedbackForm:
         """A regular expression of replies that parse; most fit, at 3.5 characters a token."""
         characters = int(3.5 * (self.open_tokens - _TAG_TOKENS))
         reason = int(0.4 * characters)
-        phrase = f"{_VISIBLE}[^<]{{0,{characters - reason}}}"
+        phrase = f"{_VISIBLE}{_ANY}{{0,{characters - reason}}}"
         if self.boxed:
             phrase += rf"\\boxed\{{({_LETTER}|\{{{_LETTER}{{0,40}}\}}){{1,40}}\}}\.?"
         return (
             f"<opinion>({'|'.join(OPINIONS)})</opinion>\\n"
-            f"<reason>{_VISIBLE}[^<]{{0,{reason}}}</reason>\\n"
+            f"<reason>{_VISIBLE}{_ANY}{{0,{reason}}}</reason>\\n"
             f"<phrase>{phrase}</phrase>"
         )
 

@@ -1,0 +1,226 @@
+"""What goes wrong in a step: who talks nonsense, stays away, raises, hangs; numbers; memory."""
+
+import subprocess
+import sys
+
+import pytest
+import scripted
+import torch
+from running import audit, checkpoint, fit_arguments, scalars
+from scripted import REPLY, BrokenReward, MoodyReward
+
+from thinktuning.cli import main
+from thinktuning.errors import FailingRewardError, InputError
+from thinktuning.recovery import is_out_of_memory
+from thinktuning.rewards import Response, Reward, RewardGuard
+from thinktuning.rewards.verifier import Verifier
+from thinktuning.types import Outcome
+from thinktuning.update import PolicyUpdate
+
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
+
+
+def ended(arguments: list[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    return str(exit_.value)
+
+
+# ------------------------------------------------------------------- teacher
+
+GOOD = REPLY.format(reason="Wait, let me check.", phrase=r"It is \boxed{3}.")
+ODD = {
+    "": "unparsed",
+    "Sure! The answer looks right to me.": "unparsed",
+    "<opinion>correct</opinion>\n<reason>Wait, le": "unparsed",
+    GOOD.replace("</phrase>", ""): "unparsed",
+    GOOD + GOOD: "unparsed",
+    "x" * 100_000: "unparsed",
+    REPLY.format(reason="so " * 30_000, phrase="It is 3."): "too_long",
+    GOOD.replace("Wait", "\x1b[2J\x00Wait"): "unparsed",
+    GOOD.replace("Wait, let me check.", "等一下，让我再检查一遍这个答案。"): "other_script",
+    GOOD: None,
+}
+
+
+def test_a_teacher_s_nonsense_leaves_rollouts_unguided(student, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(scripted.OddTeacher, "texts", tuple(ODD))
+    odd = ("--guidance.teacher=scripted.OddTeacher", "--guidance.constrained=false")
+    main(fit_arguments(student(), questions, tmp_path, *odd))
+    rows = audit(tmp_path / "version_0")
+    assert {row["teacher"] for row in rows} == set(ODD), "all were said"
+    assert all(row["skipped"] == ODD[row["teacher"]] for row in rows)
+    assert all((row["after"] is None) == (row["skipped"] is not None) for row in rows)
+    counted = scalars(tmp_path / "version_0")
+    for reason in ("unparsed", "too_long", "other_script"):
+        share = sum(row["skipped"] == reason for row in rows) / len(rows)
+        logged = counted[f"guidance/skipped_{reason}"]
+        assert sum(logged) / len(logged) == pytest.approx(share, abs=0.05)
+    assert checkpoint(tmp_path)["global_step"] == 3
+
+
+NOBODY = (
+    "--guidance.teacher=thinktuning.engines.OpenAIEngine",
+    "--guidance.teacher.base_url=http://127.0.0.1:9/v1",
+    "--guidance.teacher.model=nobody",
+    "--guidance.teacher.max_retries=0",
+)
+
+
+def test_a_teacher_that_stays_away_ends_the_run_in_the_end(student, questions, tmp_path, caplog):
+    patience = "--guidance.max_steps_without_teacher=2"
+    said = ended(fit_arguments(student(), questions, tmp_path / "a", *NOBODY, patience))
+    assert "hasn't replied for 2 steps in a row" in said
+    assert "--ckpt_path last" in said
+    assert "rollouts stay unguided until it does" in caplog.text
+    endless = "--guidance.max_steps_without_teacher=null"
+    main(fit_arguments(student(), questions, tmp_path / "b", *NOBODY, endless))
+    assert checkpoint(tmp_path / "b")["global_step"] == 3
+    assert scalars(tmp_path / "b" / "version_0")["guidance/realised_gamma"] == [0.0] * 3
+
+
+# ------------------------------------------------------------------- rewards
+
+
+def responses(*answers: str) -> list[Response]:
+    return [Response(f"It is {a}.", a, True, Outcome.CORRECT) for a in answers]
+
+
+def test_a_reward_that_fails_costs_only_the_response_it_fails_on(caplog):
+    guard = RewardGuard(seconds=0.5)
+    scores = guard.scores(MoodyReward(), responses("0", "1", "5", "2", "3", "4", "6"))
+    assert scores == [1.0, None, 1.0, None, None, None, 1.0]
+    for reason in ("raised KeyError", "took longer than 0.5 s", "returned nan", "returned 'one'"):
+        assert reason in caplog.text
+    assert "'It is 2.'" in caplog.text
+
+
+def test_failures_in_a_row_end_the_run_and_name_the_response():
+    guard = RewardGuard(seconds=0.5, limit=3)
+    one_by_one = [guard.scores(BrokenReward(), responses("7")) for _ in range(2)]
+    assert one_by_one == [[None], [None]]
+    assert guard.scores(MoodyReward(), responses("7")) == [1.0], "a success begins a new row"
+    with pytest.raises(FailingRewardError, match=r"BrokenReward failed on 3 responses.*'It is 9.'"):
+        guard.scores(BrokenReward(), responses("7", "8", "9", "6"))
+
+
+def test_a_reward_that_says_what_is_wrong_ends_the_run():
+    class Misled(Reward):
+        def score(self, responses):
+            raise InputError("reward: give a phrase")
+
+    with pytest.raises(InputError, match="give a phrase"):
+        RewardGuard().scores(Misled(), responses("1"))
+
+
+def test_failed_rewards_count_as_0_and_are_counted(student, questions, tmp_path):
+    moody = "--model.rewards=[{class_path: scripted.MoodyReward, init_args: {weight: 2}}]"
+    patient = ("--model.reward_seconds=0.3", "--model.max_failed_rewards=100")
+    main(fit_arguments(student(), questions, tmp_path, moody, *patient))
+    rows = audit(tmp_path / "version_0")
+    judged = {row["gold"]: row["before"]["reward"] for row in rows}
+    assert {0.0, 2.0} == set(judged.values())
+    assert all((reward == 0) == (gold in ("1", "2", "3", "4")) for gold, reward in judged.items())
+    assert max(scalars(tmp_path / "version_0")["reward/failed"]) > 0
+
+
+def test_a_broken_reward_ends_the_run(student, questions, tmp_path):
+    broken = "--model.rewards=[{class_path: scripted.BrokenReward}]"
+    said = ended(fit_arguments(student(), questions, tmp_path, broken))
+    assert "the reward BrokenReward failed on 16 responses in a row" in said
+    assert "no such answer" in said and "gold answer" in said
+
+
+def test_a_verifier_that_dies_of_an_answer_counts_as_a_timeout(caplog):
+    class Dying(Verifier):
+        def _running_worker(self):
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+            self._worker = subprocess.Popen([sys.executable, "-c", "input()"], **pipes)
+            return self._worker
+
+    assert Dying().compare("1", "2") is Outcome.TIMEOUT
+    assert "died twice" in caplog.text
+
+
+# ------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_steps_that_are_not_finite_are_skipped_kept_and_end_the_run(
+    student, questions, tmp_path, monkeypatch, where, caplog
+):
+    real = PolicyUpdate.loss
+
+    def poisoned(self, micro):
+        output = real(self, micro)
+        infinite = float("inf")
+        poison = infinite if where == "loss" else (micro.logprobs * infinite).sum()
+        return output._replace(loss=output.loss + poison)
+
+    monkeypatch.setattr(PolicyUpdate, "loss", poisoned)
+    said = ended(fit_arguments(student(), questions, tmp_path, "--model.max_skipped_steps=2"))
+    assert "2 optimizer steps in a row" in said and "skipped" in said
+    kept = sorted((tmp_path / "version_0" / "skipped").iterdir())
+    assert [path.name for path in kept] == ["step=000000.rank=0.pt", "step=000001.rank=0.pt"]
+    batch = torch.load(kept[0], weights_only=True)
+    assert batch["input_ids"].shape[0] == 16 == batch["advantages"].shape[0]
+    assert "the optimizer step is skipped (1 in a row" in caplog.text
+
+
+def test_a_finite_step_begins_a_new_row(student, questions, tmp_path, monkeypatch):
+    real = PolicyUpdate.loss
+
+    def now_and_then(self, micro):
+        output = real(self, micro)
+        bad = self.module.global_step in (1, 3)
+        return output._replace(loss=output.loss + float("inf")) if bad else output
+
+    monkeypatch.setattr(PolicyUpdate, "loss", now_and_then)
+    everywhere = "--model.objective.kl_coef=0.01"
+    more = ("--model.max_skipped_steps=2", "--trainer.max_steps=5", everywhere)
+    main(fit_arguments(student(), questions, tmp_path, *more))
+    skipped = scalars(tmp_path / "version_0")["optimizer/skipped_steps"]
+    assert skipped == [0.0, 1.0, 0.0, 1.0, 0.0]
+
+
+# -------------------------------------------------------------------- memory
+
+
+def too_small(rows: int, error: Exception):
+    """A device that has no memory for more than so many rollouts at a time."""
+    real = PolicyUpdate._backward
+
+    def backward(self, micro, deliver):
+        loss = real(self, micro, deliver)  # late: what it has noted and added must be forgotten
+        if micro.input_ids.shape[0] > rows:
+            raise error
+        return loss
+
+    return backward
+
+
+def test_too_little_memory_halves_micro_batches_once(
+    student, questions, tmp_path, monkeypatch, caplog
+):
+    size = "--model.micro_batch_size={}".format
+    main(fit_arguments(student(), questions, tmp_path / "small", size(4)))
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(PolicyUpdate, "_backward", too_small(4, error))
+    main(fit_arguments(student(), questions, tmp_path / "halved", size(8)))
+    assert caplog.text.count("micro-batches have 4 rollouts at most") == 1
+    found, expected = (checkpoint(tmp_path / n)["state_dict"] for n in ("halved", "small"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    found, expected = (scalars(tmp_path / n / "version_0") for n in ("halved", "small"))
+    for name in ("objective/loss", "objective/entropy", "optimizer/grad_norm"):
+        assert found[name] == expected[name], "the first try isn't counted"
+
+
+def test_too_little_memory_for_half_as_much_is_told(student, questions, tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(2**60)
+    assert is_out_of_memory(real.value)
+    assert not is_out_of_memory(RuntimeError("shapes don't fit"))
+    monkeypatch.setattr(PolicyUpdate, "_backward", too_small(1, real.value))
+    said = ended(fit_arguments(student(), questions, tmp_path, "--model.micro_batch_size=4"))
+    assert "out of memory with micro-batches of 2 rollouts" in said
+    assert "lower model.micro_batch_size" in said and "thinktuning plan" in said
