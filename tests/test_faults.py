@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 
 import pytest
 import scripted
@@ -10,6 +12,7 @@ from running import audit, checkpoint, fit_arguments, scalars
 from scripted import REPLY, BrokenReward, MoodyReward
 
 from thinktuning.cli import main
+from thinktuning.engines import TransformersEngine
 from thinktuning.errors import FailingRewardError, InputError
 from thinktuning.recovery import is_out_of_memory
 from thinktuning.rewards import Response, Reward, RewardGuard
@@ -181,6 +184,33 @@ def test_a_finite_step_begins_a_new_row(student, questions, tmp_path, monkeypatc
     main(fit_arguments(student(), questions, tmp_path, *more))
     skipped = scalars(tmp_path / "version_0")["optimizer/skipped_steps"]
     assert skipped == [0.0, 1.0, 0.0, 1.0, 0.0]
+
+
+# --------------------------------------------------------------------- drift
+
+
+class Drifting(TransformersEngine):
+    """Samples, and says other logprobs than it has sampled by."""
+
+    def sample(self, prompts, seeds, params):
+        groups = super().sample(prompts, seeds, params)
+        return [
+            [replace(c, logprobs=tuple(x - 0.5 for x in c.logprobs)) for c in group]
+            for group in groups
+        ]
+
+
+@pytest.mark.parametrize(("limit", "alarms"), [("0.4", 3), ("0.6", 0), ("null", 0)])
+def test_drift_between_engine_and_trainer_is_told(
+    student, questions, tmp_path, monkeypatch, limit, alarms
+):
+    monkeypatch.setattr(scripted, "Drifting", Drifting, raising=False)
+    more = ("--engine=scripted.Drifting", f"--model.max_logprob_gap={limit}")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        main(fit_arguments(student(), questions, tmp_path, *more))
+    assert sum("model.max_logprob_gap" in str(w.message) for w in told) == alarms
+    assert scalars(tmp_path / "version_0")["engine/logprob_gap"] == pytest.approx([0.5] * 3)
 
 
 # -------------------------------------------------------------------- memory

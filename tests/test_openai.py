@@ -2,17 +2,23 @@
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from running import audit, checkpoint, fit_arguments
 from serving import VllmServer, wait_until
 
@@ -155,6 +161,41 @@ def engine(server):
 def test_tokens_are_those_that_the_server_counts(server, engine, usage, tokens):
     server.answer = lambda body: (200, says("yes") | {"usage": usage})
     assert engine().reply([chat("a")], PARAMS) == [Reply("yes", tokens=tokens)]
+
+
+def self_signed(folder: Path) -> Path:
+    """A file with a key and a certificate for this machine that nobody has signed."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    form = serialization.Encoding.PEM
+    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path = folder / "self-signed.pem"
+    path.write_bytes(key.private_bytes(form, *plain) + certificate.public_bytes(form))
+    return path
+
+
+def test_a_server_is_asked_only_if_its_certificate_is_good(server, engine, tmp_path, monkeypatch):
+    signed = self_signed(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(signed)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    https = {"base_url": f"https://localhost:{server.server_port}/v1"}
+    assert engine(**https).reply([chat("a")], PARAMS) == [UNAVAILABLE]
+    assert not server.bodies, "not a word was sent"
+    monkeypatch.setenv("SSL_CERT_FILE", str(signed))  # now it is trusted
+    assert engine(**https).reply([chat("a")], PARAMS) == [Reply("a")]
 
 
 def test_halves_of_characters_are_replaced(server, engine):

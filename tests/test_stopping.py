@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -88,6 +89,32 @@ def test_a_second_signal_ends_it_at_once(student, questions, tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_where_a_rank_dies_the_other_ends(student, questions, tmp_path):
+    # By hand: torchrun would end the other one itself.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    arguments = [*command(student(), questions, tmp_path), "--trainer.devices=2"]
+    arguments += ["--trainer.strategy=ddp"]
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+    ranks = [
+        started(
+            arguments, **there, LOCAL_RANK=str(rank), KILL_AT="rollout:2" if rank else "never:0"
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        ranks[1].communicate(timeout=120)
+        assert ranks[1].returncode == -signal.SIGKILL
+        _, said = ranks[0].communicate(timeout=60)
+        assert ranks[0].returncode > 0, said[-3000:]
+        assert saved(tmp_path), "what was saved is there"
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
 
 
 # --------------------------------------------------------------- checkpoints

@@ -56,13 +56,26 @@ def api_key(api_key_env: str | None) -> str:
     return "none" if api_key_env is None else os.environ.get(api_key_env, "")
 
 
-def is_url(text: str) -> bool:
-    """Whether it names a server."""
+def url_fault(url: str, name: str, example: str) -> str | None:
+    """What is wrong with the address of a server; None if nothing.
+
+    Args:
+        url: The address.
+        name: Of the setting.
+        example: Of a good address.
+    """
     try:
-        parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        secret = parts.username is not None
     except ValueError:  # of its port
-        return False
+        good = secret = False
+    if secret:
+        return (
+            f"{name} has a name or a password in it, which would be in logs and configurations: "
+            f"put the key into an environment variable and name that in api_key_env"
+        )
+    return None if good else f"{name} must be like {example}, got {url!r}"
 
 
 def in_short(error: Exception) -> str:

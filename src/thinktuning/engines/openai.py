@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import openai
 
-from thinktuning.engines.http import api_key, client_faults, connect, in_short, is_url
+from thinktuning.engines.http import api_key, client_faults, connect, in_short, url_fault
 from thinktuning.errors import InputError
 from thinktuning.teaching import Chat, Reply, ReplyParams, Teacher
 
@@ -56,8 +56,8 @@ class OpenAIEngine(Teacher):
         revision: str | None = None,
     ) -> None:
         faults = []
-        if not is_url(base_url):
-            faults.append(f"base_url must be like http://127.0.0.1:8000/v1, got {base_url!r}")
+        if fault := url_fault(base_url, "base_url", "http://127.0.0.1:8000/v1"):
+            faults.append(fault)
         faults += client_faults(concurrency, timeout, api_key_env)
         if max_retries < 0:
             faults.append(f"max_retries must not be negative, got {max_retries}")

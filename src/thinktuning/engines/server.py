@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from thinktuning.engines import probe
 from thinktuning.engines.base import Completion, Engine, SamplingParams
-from thinktuning.engines.http import api_key, client_faults, connect, in_short, is_url
+from thinktuning.engines.http import api_key, client_faults, connect, in_short, url_fault
 from thinktuning.engines.weight_files import new_folder, write_weights
 from thinktuning.errors import InputError, StaleWeightsError
 from thinktuning.policy import is_frozen, named_weights
@@ -69,9 +69,9 @@ class VLLMServerEngine(Engine):
     ) -> None:
         super().__init__()
         faults = [
-            f"base_urls must be like http://127.0.0.1:8000, got {url!r}"
+            fault
             for url in base_urls
-            if not is_url(url)
+            if (fault := url_fault(url, "base_urls", "http://127.0.0.1:8000"))
         ]
         if not base_urls:
             faults.append("base_urls must name at least one server")
