@@ -26,6 +26,7 @@ import matplotlib
 import torch
 from rich.console import Console
 
+from thinktuning import runs
 from thinktuning.provenance import provenance
 
 matplotlib.use("Agg")
@@ -128,8 +129,9 @@ def resident_mib(process: int) -> float | None:
 
 
 def last_checkpoint(root: Path) -> dict[str, Any]:
-    """The last one of the only run under ``root``."""
-    (path,) = root.glob("version_0/checkpoints/last.ckpt")
+    """The newest one under ``root``; a life without a checkpoint leaves an empty run behind."""
+    path = runs.last_checkpoint(root)
+    assert path is not None, f"there is no checkpoint under {root}"
     checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
     return checkpoint
 

@@ -335,3 +335,20 @@ def test_a_reward_that_forgets_a_response_is_refused_by_name():
     batch = batch_of(rollout(0, "a"), rollout(1, "b"))
     with pytest.raises(InputError, match=r"Forgetful\.score returned 1 numbers for 2"):
         score(batch, [MathReward(), Forgetful()])
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "__import__('pathlib').Path('{path}').touch()",
+        "1+__import__('pathlib').Path('{path}').touch()",
+        r"\text{{__import__('pathlib').Path('{path}').touch()}}",
+        "final answer is 1+1*__import__('pathlib').Path('{path}').touch()",
+        "1/(lambda: open('{path}', 'w'))()",
+    ],
+)
+def test_code_in_an_answer_is_not_run(verifier, tmp_path, code):
+    path = tmp_path / "ran"
+    verifier.compare(code.format(path=path), "1")
+    verifier.compare("1", code.format(path=path))
+    assert not path.exists()

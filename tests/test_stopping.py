@@ -151,6 +151,10 @@ def test_no_sound_checkpoint_is_told(student, questions, tmp_path):
 def test_the_newest_checkpoints_stay(student, questions, tmp_path):
     main(fit_arguments(student(), questions, tmp_path, "--trainer.max_steps=5"))
     assert [p.name for p in saved(tmp_path)] == ["step=000005.ckpt", "step=000004.ckpt"]
+    for steps in (6, 7):  # lives of a single checkpoint each
+        limit = f"--trainer.max_steps={steps}"
+        main(fit_arguments(student(), questions, tmp_path, limit, "--ckpt_path=last"))
+    assert [p.name for p in saved(tmp_path)] == ["step=000007.ckpt", "step=000006.ckpt"]
 
 
 def test_a_full_disk_ends_no_run_and_costs_no_checkpoint(student, questions, tmp_path):

@@ -105,18 +105,22 @@ class RolloutCheckpoint(ModelCheckpoint):
             kept = self._last_checkpoint_saved or "none"
             log.error("%s; the newest whole checkpoint is %s", self._unsaved or filepath, kept)
             self._unsaved = self._unsaved or UnsavedError(f"{filepath} couldn't be written")
+        elif self._keeps_newest():
+            self._retire(trainer, Path(filepath))
+
+    def _retire(self, trainer: Trainer, newest: Path) -> None:
+        """Delete all but the newest ``keep``, if the newest is whole."""
+        if trainer.is_global_zero and is_whole(newest):
+            for old in checkpoints(newest.parent)[self.keep :]:
+                trainer.strategy.remove_checkpoint(old)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """Delete all but the newest ``keep``; with a monitored metric, what Lightning names."""
-        if self.monitor is not None or self.save_top_k != 1:
+        """With a monitored metric, delete what Lightning names; it spares what a run began from."""
+        if not self._keeps_newest():
             super()._remove_checkpoint(trainer, filepath)
-            return
-        if not trainer.is_global_zero:
-            return
-        found = checkpoints(Path(filepath).parent)
-        if found and is_whole(found[0]):
-            for old in found[self.keep :]:
-                trainer.strategy.remove_checkpoint(old)
+
+    def _keeps_newest(self) -> bool:
+        return self.monitor is None and self.save_top_k == 1
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave signals to whom they belonged."""
