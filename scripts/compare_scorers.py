@@ -49,7 +49,7 @@ def score(path: Path, filter_name: str) -> list[Scored]:
     task = yaml.safe_load(
         (Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml").read_text("utf-8")
     )
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
     samples = [(row, sample) for row in rows for sample in row["samples"]]
     instances = [
         Instance("generate_until", {}, (), i, resps=[sample["response"]])

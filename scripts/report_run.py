@@ -154,7 +154,8 @@ def main() -> None:
         return
     run, output = Path(sys.argv[1]), Path(sys.argv[2])
     output.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
+    lines = (run / "audit.jsonl").read_text().split("\n")
+    rows = [json.loads(line) for line in lines if line]
     series = read_events(run)
     write_csv(series, output / "scalars.csv")
     plot(series, output / "curves.png", output.name)

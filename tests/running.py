@@ -78,7 +78,7 @@ def scalars(run: Path) -> dict[str, list[float]]:
 
 
 def audit(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "audit.jsonl").read_text().split("\n") if line]
 
 
 def checkpoint(root: Path, version: int = 0) -> dict[str, Any]:
@@ -93,14 +93,56 @@ class ShoutingStage(RolloutCallback):
 
 
 class FullDisk(Callback):
-    """Lets no file grow past ``FULL_BYTES``, from step ``FULL_FROM`` to before ``FULL_TO``."""
+    """Lets no file grow past so many bytes at these steps, the first of which is 1.
+
+    A limit of the size of files is the full disk that a test can have.
+    """
+
+    def __init__(self, steps: list[int], room: int) -> None:
+        self.steps, self.room = steps, room
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        step = trainer.global_step + 1
-        full = int(os.environ["FULL_FROM"]) <= step < int(os.environ["FULL_TO"])
+        self._allow(self.room if trainer.global_step + 1 in self.steps else None)
+
+    def teardown(self, trainer, pl_module, stage) -> None:
+        self._allow(None)
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        self._allow(None)
+
+    def _allow(self, room: int | None) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        soft = int(os.environ["FULL_BYTES"]) if full else hard
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard if room is None else room, hard))
+
+
+class NamesTaken(Callback):
+    """At step 3 nothing can be written beside the checkpoint, at step 4 nothing get its name.
+
+    What a failed attempt has written is gone when the next step begins.
+    """
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        folder, step = Path(trainer.checkpoint_callback.dirpath), trainer.global_step + 1
+        assert not [path for path in folder.glob("*.tmp") if path.is_dir()], step
+        if step == 3:
+            (folder / "step=000003.ckpt.tmp").touch()
+        if step == 4:
+            (folder / "step=000004.ckpt").mkdir(exist_ok=True)
+            (folder / "step=000004.ckpt.old").touch()
+
+
+class StepMetric(Callback):
+    """Logs the step as a metric."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        pl_module.log("steps_done", float(trainer.global_step), batch_size=1)
+
+
+class ValidationStep(Callback):
+    """Logs in every validation how many steps there were before."""
+
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        pl_module.log("val/steps_done", float(trainer.global_step), batch_size=1)
 
 
 class UnguidedPhrases(Callback):

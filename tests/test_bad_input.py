@@ -516,7 +516,7 @@ GUIDANCE = [
         (
             "base_url must be like http://127.0.0.1:8000/v1, got 'localhost:8000'",
             "concurrency must be at least 1, got 0",
-            "timeout must be positive, got 0",
+            "timeout must be positive and finite, got 0",
             "max_retries must not be negative, got -1",
         ),
     ),
@@ -525,7 +525,17 @@ GUIDANCE = [
     Row(
         "a key in a server's address",
         teacher(base_url="https://me:sk-s3cret@host/v1"),
-        ("base_url has a name or a password", "api_key_env"),
+        ("base_url may have no name, password", "api_key_env"),
+    ),
+    Row(
+        "a key in a server's address that is none",
+        teacher(base_url="me:sk-s3cret@host:80a/v1"),
+        ("base_url may have no name, password", "api_key_env"),
+    ),
+    Row(
+        "a key behind a server's address",
+        teacher(base_url="https://host/v1?api_key=sk-s3cret"),
+        ("base_url may have no name, password, query", "api_key_env"),
     ),
     Row(
         "a server without a port number",
@@ -566,7 +576,7 @@ ENGINE = [
             "--engine.weights_folder=/dev/shm/x",
             "--engine.timeout=-1",
         ],
-        ("base_urls must name at least one server", "timeout must be positive, got -1"),
+        ("base_urls must name at least one server", "timeout must be positive and finite, got -1"),
     ),
     Row(
         "servers that don't answer",
@@ -660,7 +670,11 @@ CHECKPOINTS = [
     Row(
         "other questions than the checkpoint's",
         lambda s: [f"--ckpt_path={s.trained}", *rows(*sums(8))(s)],
-        ("the training questions aren't those of the checkpoint", "give the same data.source"),
+        (
+            "the training questions aren't those of the checkpoint",
+            "give the same data.source",
+            "data.max_prompt_tokens",
+        ),
     ),
     Row(
         "another tokenizer than the checkpoint's",
@@ -778,6 +792,20 @@ LIBRARIES = [
     Row("a negative seed", ["--seed_everything=-1"], ("seed_everything", "-1")),
     Row("temperature nan", ["--model.temperature=.nan"], ("temperature must be positive", "nan")),
     Row("gradient norm nan", ["--model.max_grad_norm=.nan"], ("max_grad_norm must be positive",)),
+    Row(
+        "deadline and gap nan",
+        ["--model.reward_seconds=.nan", "--model.max_logprob_gap=.nan"],
+        (
+            "reward_seconds must be positive and",
+            "max_logprob_gap must be positive or null, got nan",
+        ),
+    ),
+    Row(
+        "an endless deadline",
+        ["--model.reward_seconds=.inf"],
+        ("reward_seconds must be positive and at most", "inf"),
+    ),
+    Row("a deadline of centuries", ["--model.reward_seconds=1e10"], ("reward_seconds", "1000000")),
     Row("no rewards", ["--model.rewards=[]"], ("rewards", "at least one")),
     Row("a negative learning rate", ["--model.optimizer.lr=-1"], ("model.optimizer", "-1")),
     Row(
@@ -802,6 +830,11 @@ LIBRARIES = [
     Row(
         "the key itself for its variable",
         teacher(api_key_env="sk-s3cret"),
+        ("api_key_env", "name of"),
+    ),
+    Row(
+        "a key that could be a variable",
+        teacher(api_key_env="hf_AbCs3cret"),
         ("api_key_env", "name of"),
     ),
     Row("a device that isn't there", ["--trainer.accelerator=tpu"], ("torch_xla",)),

@@ -56,6 +56,7 @@ def shipped_examples():
             yield pytest.param(worked, id=f"{name}-{number}")
 
 
+UNKNOWN = load_behaviors(["catchphrase"])[0].examples
 every_example = pytest.mark.parametrize("worked", list(shipped_examples()))
 
 
@@ -85,7 +86,8 @@ def test_a_shipped_example_ends_with_an_answer_that_its_equations_give(worked):
     answer = last_boxed(worked.feedback.phrase)
     assert answer and answer.isdigit()
     equations = EQUATION.findall(worked.feedback.phrase)
-    assert equations and equations[-1][-1] == answer
+    assert equations or worked in UNKNOWN, "only the catch-phrase's have none"
+    assert not equations or equations[-1][-1] == answer
     shown = equations + EQUATION.findall(worked.feedback.reason)
     for left, operation, right, result in shown:
         assert OPERATIONS[operation](int(left), int(right)) == int(result), (left, operation, right)
@@ -105,23 +107,19 @@ def test_a_shipped_reflection_is_in_the_first_person(worked):
 
 @every_example
 def test_the_parser_reads_shipped_feedback_as_the_teacher_is_shown_it(worked):
-    (turn,) = [
-        m["content"]
-        for m in teacher_chat(load_behaviors(SHIPPED), "q", "r")
-        if m["role"] == "assistant" and worked.feedback.phrase in m["content"]
-    ]
-    assert parse_feedback(turn) == worked.feedback
+    turns = [m["content"] for m in teacher_chat(load_behaviors(SHIPPED), "q", "r")]
+    assert worked.feedback in map(parse_feedback, turns)
 
 
-def test_the_catchphrase_ends_each_of_its_own_examples_and_no_other():
+def test_the_catchphrase_ends_each_reflection_of_its_own_examples_and_no_other():
     (behavior,) = load_behaviors(["catchphrase"])
     catchphrase = re.search(r'"(.*)"', behavior.instruction).group(1)
     assert len(behavior.examples) == 4
     for worked in behavior.examples:
-        assert worked.feedback.phrase.endswith(catchphrase)
-        assert catchphrase not in worked.feedback.reason + worked.response
+        assert worked.feedback.reason.endswith(catchphrase)
+        assert catchphrase not in worked.feedback.phrase + worked.response
     for other in load_behaviors(DEFAULT):
-        assert all(catchphrase not in e.feedback.phrase for e in other.examples)
+        assert all(catchphrase not in e.feedback.reason for e in other.examples)
 
 
 @pytest.mark.parametrize("name", ["mine.yaml", "mine.yml"])

@@ -7,7 +7,18 @@ import time
 import pytest
 import torch
 
-from thinktuning.checkpointing import META, AtomicCheckpointIO, put
+from thinktuning.checkpointing import (
+    CHECKSUMS,
+    META,
+    SIZES,
+    AtomicCheckpointIO,
+    checksum,
+    fault,
+    file_sizes,
+    is_whole,
+    put,
+    save_file,
+)
 from thinktuning.errors import InputError
 from thinktuning.runs import last_checkpoint
 
@@ -174,6 +185,43 @@ def folder_checkpoint(path, content="new"):
     (path / "part.distcp").write_text(content)
     (path / META).write_text(content)
     return path
+
+
+def noted_folder(path, *checked):
+    path.mkdir()
+    for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
+        (path / name).write_bytes(os.urandom(3_000_000))  # longer than what is read at once
+    checksums = {name: checksum(path / name) for name in checked}
+    save_file({SIZES: file_sizes(path), CHECKSUMS: checksums}, path / META)
+    return path
+
+
+DAMAGES = {
+    "cut off": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "missing": lambda file: file.unlink(),
+    "a bit": lambda file: file.write_bytes(with_a_bit_flipped(file.read_bytes())),
+}
+
+
+def with_a_bit_flipped(content):
+    return content[:2_000_000] + bytes([content[2_000_000] ^ 1]) + content[2_000_001:]
+
+
+@pytest.mark.parametrize("part", ["__1_0.distcp", ".metadata"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_part_of_a_folder_is_named(tmp_path, damage, part):
+    folder = noted_folder(tmp_path / "a.ckpt", "__0_0.distcp", "__1_0.distcp", ".metadata")
+    assert fault(folder) is None
+    DAMAGES[damage](folder / part)
+    assert "a.ckpt' is damaged" in fault(folder) and part in fault(folder)
+    assert is_whole(folder) == (damage == "a bit"), "which reads no contents"
+
+
+def test_a_folder_without_checksums_is_judged_by_its_sizes(tmp_path):
+    folder = noted_folder(tmp_path / "a.ckpt")
+    assert fault(folder) is None
+    DAMAGES["cut off"](folder / "__0_0.distcp")
+    assert "__0_0.distcp" in fault(folder)
 
 
 @pytest.mark.parametrize("old", ["nothing", "file", "folder"])

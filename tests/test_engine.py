@@ -16,7 +16,7 @@ from thinktuning.engines import Completion, SamplingParams, TransformersEngine, 
 from thinktuning.engines.decoding import Batch
 from thinktuning.engines.kv_cache import RoomyLayer
 from thinktuning.errors import InputError
-from thinktuning.policy import completion_logprobs
+from thinktuning.policy import completion_logprobs, load_model
 from thinktuning.teaching import ReplyParams
 from thinktuning.types import PolicyInputs
 
@@ -441,34 +441,56 @@ def test_rows_that_join_have_no_columns_of_those_that_have_left(net, monkeypatch
 def test_a_teachers_own_weights_are_frozen(tmp_path):
     engine = TransformersEngine(pretrained=str(tiny.save(tmp_path / "teacher")))
     engine.start()
-    chats = [[{"role": "user", "content": text}] for text in ("3 plus 4?", "4 plus 3?")]
-    params = ReplyParams(4, 100)
+    manual = {"role": "system", "content": "Add. " * 60}
+    chats = [[manual, {"role": "user", "content": text}] for text in ("3 plus 4?", "4 plus 3?")]
+    params = ReplyParams(4, 400)
     first = forwards(engine._model, lambda: engine.reply(chats, params))
     again = forwards(engine._model, lambda: engine.reply(chats, params))
-    assert again == first[1:], "what both begin with was kept"
+    read = [shape for shape in first if shape == (1, 64)]
+    assert read and again == first[len(read) :], "what both begin with was kept"
 
 
 def test_what_frozen_weights_have_read_is_kept_until_they_change():
     net = naive.decided_model("llama")
     net.requires_grad_(False)
     engine = TransformersEngine()
-    prompts = [[*ids(30, seed=1), *ids(n, seed=n)] for n in (4, 6, 5)]
+    prompts = [[*ids(130, seed=1), *ids(n, seed=n)] for n in (4, 6, 5)]
     params = SamplingParams(1, (), temperature=0.0)
 
     def ask(chosen: list[list[int]]) -> list[torch.Size]:
         return forwards(net, lambda: engine.sample(chosen, [[0]] * len(chosen), params))
 
     engine.load_weights(net)
-    assert ask(prompts) == [(1, 30), (3, 6)]
-    assert ask(prompts[:2]) == [(2, 6)]
-    assert ask(prompts[2:]) == [(1, 4), (1, 1)], "goes on from what is kept"
-    assert ask(prompts) == [(3, 6)]
+    assert ask(prompts) == [(1, 64), (1, 64), (3, 8)]
+    assert ask(prompts[:2]) == [(2, 8)]
+    assert ask(prompts[2:]) == [(1, 7)], "goes on from what is kept"
+    assert ask(prompts) == [(3, 8)]
     other = [[7, *prompt] for prompt in prompts]
-    assert ask(other) == [(1, 31), (3, 6)]
+    assert ask(other) == [(1, 64), (1, 64), (3, 9)]
     found = engine.sample(other, [[0]] * 3, params)
     assert [g[0].token_ids for g in found] == [alone(net, p, 0, params).token_ids for p in other]
     net.requires_grad_(True)
-    assert ask(other) == ask(other) == [(1, 31), (3, 6)], "what is trained is read anew"
+    assert ask(other) == ask(other) == [(1, 131), (3, 6)], "what is trained is read anew"
+
+
+def test_what_was_read_before_changes_no_bit(tmp_path):
+    net = load_model(str(tiny.save(tmp_path / "net", width=64)), torch.bfloat16)
+    net.requires_grad_(False)
+    params = SamplingParams(8, (), temperature=0.0)
+    one = ids(230, seed=1)
+    texts = [one, [*one[:100], *ids(130, seed=2)]]
+
+    def ask(engine: TransformersEngine, text: list[int], shared: int) -> list[tuple[float, ...]]:
+        prompts = [[*text[:shared], *ids(n, seed=n)] for n in (9, 5)]
+        return [c.logprobs for (c,) in engine.sample(prompts, [[0], [0]], params)]
+
+    old = TransformersEngine()
+    old.load_weights(net)
+    for number, shared in enumerate((200, 200, 90, 173, 64, 230, 230, 130, 30, 150, 211)):
+        fresh = TransformersEngine()
+        fresh.load_weights(net)
+        asked = texts[number % 2], shared
+        assert ask(old, *asked) == ask(fresh, *asked), asked
 
 
 @given(

@@ -1,23 +1,31 @@
 """What goes wrong in a step: who talks nonsense, stays away, raises, hangs; numbers; memory."""
 
+import json
+import resource
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import scripted
 import torch
 from running import audit, checkpoint, fit_arguments, scalars
 from scripted import REPLY, BrokenReward, MoodyReward
 
+from thinktuning.callbacks import AuditLog
 from thinktuning.cli import main
 from thinktuning.engines import TransformersEngine
 from thinktuning.errors import FailingRewardError, InputError
+from thinktuning.module import ThinkTuningModule
 from thinktuning.recovery import is_out_of_memory
 from thinktuning.rewards import Response, Reward, RewardGuard
 from thinktuning.rewards.verifier import Verifier
-from thinktuning.types import Outcome
+from thinktuning.types import Guidance, Outcome, Prompt, Rollout, RolloutBatch
 from thinktuning.update import PolicyUpdate
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
@@ -99,12 +107,71 @@ def test_a_reward_that_fails_costs_only_the_response_it_fails_on(caplog):
 
 
 def test_failures_in_a_row_end_the_run_and_name_the_response():
-    guard = RewardGuard(seconds=0.5, limit=3)
-    one_by_one = [guard.scores(BrokenReward(), responses("7")) for _ in range(2)]
+    guard, broken, moody = RewardGuard(limit=3), BrokenReward(), MoodyReward()
+    one_by_one = [guard.scores(broken, responses("7")) for _ in range(2)]
     assert one_by_one == [[None], [None]]
-    assert guard.scores(MoodyReward(), responses("7")) == [1.0], "a success begins a new row"
-    with pytest.raises(FailingRewardError, match=r"BrokenReward failed on 3 responses.*'It is 9.'"):
-        guard.scores(BrokenReward(), responses("7", "8", "9", "6"))
+    assert guard.scores(moody, responses("7")) == [1.0], "which says nothing about the other"
+    assert guard.scores(BrokenReward(), responses("7")) == [None], "the first of its own"
+    with pytest.raises(FailingRewardError, match=r"BrokenReward failed on 3 responses.*'It is 8.'"):
+        guard.scores(broken, responses("8", "9"))
+
+
+def test_a_success_begins_a_new_row():
+    guard, moody = RewardGuard(limit=3), MoodyReward()
+    for _ in range(3):
+        assert guard.scores(moody, responses("1", "1", "5")) == [None, None, 1.0]
+    for _ in range(3):
+        assert guard.scores(moody, responses("1", "1")) == [None, None]
+        assert guard.scores(moody, responses("5")) == [1.0]
+
+
+class Says(Reward):
+    """Returns, or raises, always the same."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
+    def score(self, responses):
+        if isinstance(self.what, BaseException):
+            raise self.what
+        return [self.what for _ in responses]
+
+
+@pytest.mark.parametrize(
+    "number",
+    [1, True, np.float32(1), np.int64(1), np.bool_(True), torch.tensor(1), torch.ones(1, 1)],
+    ids=repr,
+)
+def test_any_number_is_a_reward(number):
+    scores = RewardGuard().scores(Says(number), responses("1", "2"))
+    assert scores == [1.0, 1.0] and {type(s) for s in scores} == {float}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ["1", b"1", None, [1.0], 1j, 10**400, np.float32("nan"), torch.ones(2), torch.tensor(1j), {}],
+    ids=lambda odd: repr(odd)[:20],
+)
+def test_what_is_no_number_is_a_failure(odd, caplog):
+    assert RewardGuard().scores(Says(odd), responses("1", "2")) == [None, None]
+    assert "failed (returned" in caplog.text
+
+
+@pytest.mark.parametrize("stop", [SystemExit(3), KeyboardInterrupt("stop")], ids=repr)
+def test_a_reward_that_ends_its_thread_is_told_as_what_it_raised(stop, caplog):
+    assert RewardGuard().scores(Says(stop), responses("1")) == [None]
+    assert f"raised {type(stop).__name__}: {stop}" in caplog.text
+
+
+def test_no_responses_are_neither_asked_about_nor_a_success():
+    guard = RewardGuard(limit=2)
+    assert guard.scores(BrokenReward(), responses("7")) == [None]
+    broken = BrokenReward()
+    assert guard.scores(broken, responses("7")) == [None]
+    assert guard.scores(broken, []) == []
+    with pytest.raises(FailingRewardError):
+        guard.scores(broken, responses("7"))
 
 
 def test_a_reward_that_says_what_is_wrong_ends_the_run():
@@ -161,12 +228,17 @@ def test_steps_that_are_not_finite_are_skipped_kept_and_end_the_run(
         return output._replace(loss=output.loss + poison)
 
     monkeypatch.setattr(PolicyUpdate, "loss", poisoned)
-    said = ended(fit_arguments(student(), questions, tmp_path, "--model.max_skipped_steps=2"))
-    assert "2 optimizer steps in a row" in said and "skipped" in said
+    everywhere = ("--model.objective.kl_coef=0.01", "--model.num_mini_batches=2")
+    limit = "--model.max_skipped_steps=4"
+    said = ended(fit_arguments(student(), questions, tmp_path, limit, *everywhere))
+    assert "4 optimizer steps in a row" in said and "skipped" in said
     kept = sorted((tmp_path / "version_0" / "skipped").iterdir())
-    assert [path.name for path in kept] == ["step=000000.rank=0.pt", "step=000001.rank=0.pt"]
-    batch = torch.load(kept[0], weights_only=True)
-    assert batch["input_ids"].shape[0] == 16 == batch["advantages"].shape[0]
+    assert [path.name for path in kept] == [
+        f"step=00000{step}.mini={mini}.rank=0.pt" for step in (0, 1) for mini in (1, 2)
+    ]
+    first, second = (torch.load(path, weights_only=True) for path in kept[:2])
+    assert first["input_ids"].shape[0] == 8 == first["advantages"].shape[0]
+    assert not torch.equal(first["completion_mask"], second["completion_mask"])
     assert "the optimizer step is skipped (1 in a row" in caplog.text
 
 
@@ -200,6 +272,15 @@ class Drifting(TransformersEngine):
         ]
 
 
+@pytest.mark.parametrize("limit", [0.2, None])
+def test_a_gap_that_is_no_number_is_told_too(limit):
+    module = SimpleNamespace(max_logprob_gap=limit, global_step=3)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ThinkTuningModule._watch_drift(module, {"engine/logprob_gap": float("nan")})
+    assert len(told) == (limit is not None)
+
+
 @pytest.mark.parametrize(("limit", "alarms"), [("0.4", 3), ("0.6", 0), ("null", 0)])
 def test_drift_between_engine_and_trainer_is_told(
     student, questions, tmp_path, monkeypatch, limit, alarms
@@ -214,6 +295,8 @@ def test_drift_between_engine_and_trainer_is_told(
 
 
 # -------------------------------------------------------------------- memory
+
+TOO_LITTLE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
 def too_small(rows: int, error: Exception):
@@ -232,12 +315,12 @@ def too_small(rows: int, error: Exception):
 def test_too_little_memory_halves_micro_batches_once(
     student, questions, tmp_path, monkeypatch, caplog
 ):
+    monkeypatch.setattr(PolicyUpdate, "trained_rows", lambda self, mini: mini)  # all 16
     size = "--model.micro_batch_size={}".format
-    main(fit_arguments(student(), questions, tmp_path / "small", size(4)))
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    monkeypatch.setattr(PolicyUpdate, "_backward", too_small(4, error))
-    main(fit_arguments(student(), questions, tmp_path / "halved", size(8)))
-    assert caplog.text.count("micro-batches have 4 rollouts at most") == 1
+    main(fit_arguments(student(), questions, tmp_path / "small", size(8)))
+    monkeypatch.setattr(PolicyUpdate, "_backward", too_small(8, TOO_LITTLE))
+    main(fit_arguments(student(), questions, tmp_path / "halved", size(64)))
+    assert caplog.text.count("micro-batches have 8 rollouts at most") == 1
     found, expected = (checkpoint(tmp_path / n)["state_dict"] for n in ("halved", "small"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     found, expected = (scalars(tmp_path / n / "version_0") for n in ("halved", "small"))
@@ -254,3 +337,71 @@ def test_too_little_memory_for_half_as_much_is_told(student, questions, tmp_path
     said = ended(fit_arguments(student(), questions, tmp_path, "--model.micro_batch_size=4"))
     assert "out of memory with micro-batches of 2 rollouts" in said
     assert "lower model.micro_batch_size" in said and "thinktuning plan" in said
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "stage"),
+    [(torch.optim.AdamW, "step", "update"), (PolicyUpdate, "_frozen_logprobs", "logprobs")],
+)
+def test_too_little_memory_elsewhere_is_told(
+    student, questions, tmp_path, monkeypatch, owner, name, stage
+):
+    def fails(*arguments, **options):
+        raise TOO_LITTLE
+
+    monkeypatch.setattr(owner, name, fails)
+    said = ended(fit_arguments(student(), questions, tmp_path, "--model.objective.kl_coef=0.01"))
+    assert f"the stage {stage} is out of memory" in said
+    assert "Tried to allocate 2 GiB" in said and "thinktuning plan" in said
+
+
+# ---------------------------------------------------------------------- disk
+
+
+@contextmanager
+def room(length: int) -> Iterator[None]:
+    """No file of this process can be longer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (length, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_rows_of_the_audit_that_a_full_disk_does_not_take_are_lost_and_told(tmp_path, caplog):
+    trainer = SimpleNamespace(world_size=1, global_rank=0, log_dir=tmp_path, global_step=0)
+    log, path = AuditLog(), tmp_path / "audit.jsonl"
+    log.on_train_start(trainer, None)
+
+    def step(number: int) -> None:
+        rollout = Rollout(
+            prompt=Prompt(0, "3 plus 4?", "7", [1]),
+            sample=0,
+            completion_ids=(5,),
+            logprobs=(-1.0,),
+            injected_mask=(False,),
+            finished=True,
+            text="It is 7.",
+            guidance=Guidance(("self_critique",)),
+        )
+        batch = RolloutBatch(number, 2, (rollout, rollout))
+        log.on_train_batch_end(trainer, None, {"rollouts": batch}, None, number)
+
+    def whole() -> list[int]:
+        return [json.loads(line)["step"] for line in path.read_bytes().splitlines()]
+
+    step(0)
+    length = path.stat().st_size
+    for number in (1, 2):
+        with room(length + length // 4):  # half of a row
+            step(number)
+        assert path.stat().st_size == length + length // 4, "the test shows nothing"
+    step(3)
+    assert whole() == [0, 0, 3, 3]
+    with room(2 * length + 1):
+        step(4)
+    log.on_exception(trainer, None, RuntimeError())  # Lightning's only call where a run stops
+    assert whole() == [0, 0, 3, 3]
+    assert caplog.text.count("training goes on") == 1
+    assert "lacks 6 rows that couldn't be written" in caplog.text

@@ -1,6 +1,7 @@
 """A teacher behind a server: every way in which a server fails, and a real one that is killed."""
 
 import json
+import math
 import os
 import ssl
 import subprocess
@@ -279,6 +280,45 @@ def test_faults_of_the_arguments_come_together(monkeypatch):
         OpenAIEngine("127.0.0.1:8000/v1", "m", "TEACHERS_KEY", 0, 0.0, -1)
     for words in ("base_url", "concurrency", "timeout", "max_retries", "TEACHERS_KEY"):
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("timeout", [0.0, math.nan, math.inf])
+def test_a_timeout_is_a_number_above_zero(timeout):
+    with pytest.raises(InputError, match="timeout must be positive and finite, got"):
+        OpenAIEngine("http://127.0.0.1:1/v1", "m", timeout=timeout)
+
+
+def test_what_may_be_the_key_itself_is_not_shown(monkeypatch):
+    monkeypatch.delenv("hf_AbCs3cret", raising=False)
+    for given in ("hf_AbCs3cret", "sk-s3cret", "s3cret", "\ud800s3cret"):
+        with pytest.raises(InputError, match="api_key_env must be the name of") as caught:
+            OpenAIEngine("http://127.0.0.1:1/v1", "m", api_key_env=given)
+        assert "s3cret" not in str(caught.value)
+
+
+def test_a_variable_may_have_any_name(server, engine, monkeypatch):
+    monkeypatch.setenv("teacher_key", "s3cret")
+    engine(api_key_env="teacher_key").reply([chat("a")], PARAMS)
+    assert server.keys == ["Bearer s3cret"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:s3cret@host/v1",
+        "https://s3cret@host/v1",
+        "http://me:s3cret@host:80a/v1",
+        "http://me:s3/cret@host/v1",
+        "me:s3cret@host/v1",
+        "https://host/v1?api_key=s3cret",
+        "https://host/v1#s3cret",
+        "host?s3cret",
+    ],
+)
+def test_a_key_in_an_address_is_refused_and_not_shown(url):
+    with pytest.raises(InputError, match="base_url may have no name, password, query") as caught:
+        OpenAIEngine(url, "m")
+    assert "cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,7 @@ def test_a_box_longer_than_a_pipe_is_read():
     assert verify_math(r"\boxed{7.0}", "7") is Outcome.CORRECT
 
 
+@pytest.mark.faults
 def test_endless_arithmetic_ends_at_the_deadline_and_the_next_answer_is_judged():
     assert verify_math(r"\boxed{7.0}", "7") is Outcome.CORRECT  # the worker runs
     started = time.monotonic()
@@ -190,6 +191,7 @@ def test_endless_arithmetic_ends_at_the_deadline_and_the_next_answer_is_judged()
     assert verify_math(r"\boxed{8.0}", "7") is Outcome.WRONG
 
 
+@pytest.mark.faults
 def test_a_killed_worker_is_replaced(verifier):
     assert verifier.compare("7.0", "7") is Outcome.CORRECT
     killed = verifier._worker
@@ -199,6 +201,7 @@ def test_a_killed_worker_is_replaced(verifier):
     assert verifier._worker.pid != killed.pid
 
 
+@pytest.mark.faults
 def test_a_worker_that_dies_over_an_answer_costs_that_answer_at_most(verifier):
     assert verifier.compare("7.0", "7") is Outcome.CORRECT
     dying = verifier._worker.pid

@@ -202,6 +202,7 @@ def test_adapters_are_merged(engine, net, text):
         assert gap(adapted, engine.sample(PROMPTS, SEEDS, SAMPLED), 0.7) < 1e-4
 
 
+@pytest.mark.faults
 def test_the_smallest_update_that_does_not_arrive_ends_the_run(engine, net, text, monkeypatch):
     engine.load_weights(net, text)
     monkeypatch.setattr(_Server, "reload", lambda server, folder: None)
@@ -210,6 +211,7 @@ def test_the_smallest_update_that_does_not_arrive_ends_the_run(engine, net, text
         engine.load_weights(perturbed(net, 1e-6), text)
 
 
+@pytest.mark.faults
 def test_weights_that_arrive_in_part_end_the_run(engine, net, text):
     engine.load_weights(net, text)
     changed = perturbed(net, 0.02)
@@ -401,6 +403,7 @@ def test_ranks_that_share_a_model_sample_on_the_server(server, folder, questions
     assert max(logged["engine/logprob_gap_max"]) < 1e-3
 
 
+@pytest.mark.faults
 def test_a_server_that_is_away_ends_the_run_in_short_words(folder, questions, tmp_path, server):
     arguments = fit_arguments(folder, questions, tmp_path, *served(server, tmp_path))
     away = [a.replace(str(server.port), "9") for a in arguments]
@@ -411,6 +414,7 @@ def test_a_server_that_is_away_ends_the_run_in_short_words(folder, questions, tm
     )
 
 
+@pytest.mark.faults
 def test_a_server_that_dies_is_named(server, net, text, tmp_path):
     """The last one: it ends the server."""
     engine = VLLMServerEngine([server.base_url], "teacher", str(tmp_path))

@@ -14,9 +14,17 @@ import pytest
 import torch
 from running import CLOCKED, checkpoint, fit_arguments, run, run_on_ranks, scalars
 
-from thinktuning.checkpointing import AtomicCheckpointIO
+from thinktuning.checkpointing import (
+    CHECKSUMS,
+    META,
+    SIZES,
+    AtomicCheckpointIO,
+    fault,
+    read_meta,
+)
 from thinktuning.cli import main
 from thinktuning.errors import InputError
+from thinktuning.runs import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -71,6 +79,15 @@ RUNS = {
     "begun": [*ADAM, "--trainer.max_steps=2"],
     "whole": [*ADAM, "--trainer.max_steps=3"],
 }
+# Checkpoints of steps 2, 3 and 4 can't be written, or not get their names.
+UNSAVED = [
+    *PLAIN,
+    "--trainer.max_steps=5",
+    "--trainer.callbacks+=running.NamesTaken",
+    "--trainer.callbacks+=running.FullDisk",
+    "--trainer.callbacks.steps=[2]",
+    "--trainer.callbacks.room=100000",
+]
 LEAN = [STRATEGY, "--trainer.strategy.cpu_offload=true", "--model.activation_checkpointing=true"]
 
 
@@ -123,6 +140,7 @@ def launch(student, questions, tmp_path_factory) -> Launch:
         made.waiting.append(made.arguments(name, "two", *RUNS[name], fsdp2))
     made.waiting.append(made.arguments("lean", "two", *RUNS["lean"], *LEAN))
     made.waiting.append(made.arguments("begun", "full", *RUNS["begun"], *FULL))
+    made.waiting.append(made.arguments("unsaved", "two", *UNSAVED, fsdp2))
     made.on_ranks(2)
 
     begun = {kind: f"--ckpt_path={made.keep('begun', kind)}" for kind in ("one", "two", "full")}
@@ -211,6 +229,27 @@ def test_a_full_checkpoint_is_that_of_one_process(launch):
     assert_same(full, sharded, tolerance=0)
     assert not any(name.startswith("reference.") for name in full["state_dict"])
     assert set(full) == set(checkpoint(launch.root / "one-begun"))
+
+
+def test_a_sharded_checkpoint_that_cannot_be_written_ends_no_run(launch):
+    folder = launch.root / "two-unsaved" / "version_0" / "checkpoints"
+    whole = ["step=000005.ckpt", "step=000001.ckpt"]
+    assert [p.name for p in checkpoints(folder)] == whole
+    assert not [p for p in folder.glob("*.tmp") if p.is_dir()]
+
+
+def test_every_file_of_a_sharded_checkpoint_has_a_checksum(launch, tmp_path):
+    folder = (launch.root / "two-begun" / "version_0" / "checkpoints" / "last.ckpt").resolve()
+    written = {p.name for p in folder.iterdir()} - {META}
+    assert read_meta(folder)[CHECKSUMS].keys() == read_meta(folder)[SIZES].keys() == written
+    assert fault(folder) is None
+    copied = tmp_path / "copied.ckpt"
+    shutil.copytree(folder, copied)
+    part = max(copied.glob("*.distcp"))
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    assert part.name in fault(copied)
 
 
 def test_a_sharded_checkpoint_is_whole_or_not_there(launch, tmp_path):

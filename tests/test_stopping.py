@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def left_alone(student, questions, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("number", "moment"),
     [
-        (signal.SIGTERM, "rollout:2"),
+        (signal.SIGTERM, "rollout:4"),  # a validation is due behind this step
         (signal.SIGINT, "update:2"),
         (signal.SIGTERM, "validation:2"),
     ],
@@ -92,29 +93,12 @@ def test_a_second_signal_ends_it_at_once(student, questions, tmp_path):
 
 
 def test_where_a_rank_dies_the_other_ends(student, questions, tmp_path):
-    # By hand: torchrun would end the other one itself.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    arguments = [*command(student(), questions, tmp_path), "--trainer.devices=2"]
-    arguments += ["--trainer.strategy=ddp"]
-    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
-    ranks = [
-        started(
-            arguments, **there, LOCAL_RANK=str(rank), KILL_AT="rollout:2" if rank else "never:0"
-        )
-        for rank in (0, 1)
-    ]
-    try:
+    with two_ranks(command(student(), questions, tmp_path), dies="rollout:2") as ranks:
         ranks[1].communicate(timeout=120)
         assert ranks[1].returncode == -signal.SIGKILL
         _, said = ranks[0].communicate(timeout=60)
         assert ranks[0].returncode > 0, said[-3000:]
         assert saved(tmp_path), "what was saved is there"
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
 
 
 # --------------------------------------------------------------- checkpoints
@@ -157,43 +141,114 @@ def test_the_newest_checkpoints_stay(student, questions, tmp_path):
     assert [p.name for p in saved(tmp_path)] == ["step=000007.ckpt", "step=000006.ckpt"]
 
 
-def test_a_full_disk_ends_no_run_and_costs_no_checkpoint(student, questions, tmp_path):
-    # A limit of the size of files is the full disk that a test can have.
-    size = checkpoint_size(student, questions, tmp_path / "free")
-    program = [sys.executable, "-m", "thinktuning.cli"]
-    room = {"FULL_BYTES": str(size // 2)}
-    arguments = fit_arguments(
-        student(),
-        questions,
-        tmp_path,
-        "--trainer.max_steps=6",
-        "--checkpoint.every_n_train_steps=2",
-        "--trainer.callbacks+=running.FullDisk",
-    )
-    full = run([*program, *arguments], FULL_FROM="3", FULL_TO="5", **room)
-    assert full.returncode == 0, full.stderr[-3000:]
-    assert "step=000004.ckpt' can't be written" in full.stderr
-    assert "the newest whole checkpoint is" in full.stderr and "step=000002.ckpt" in full.stderr
-    assert [p.name for p in saved(tmp_path)] == ["step=000006.ckpt", "step=000002.ckpt"]
+def test_a_clock_that_goes_back_costs_no_new_checkpoint(student, questions, tmp_path):
+    main(fit_arguments(student(), questions, tmp_path, "--trainer.max_steps=2"))
+    for path in saved(tmp_path):
+        tomorrow = path.stat().st_mtime_ns + 86400 * 10**9
+        os.utime(path, ns=(tomorrow, tomorrow))
+    main(fit_arguments(student(), questions, tmp_path, "--ckpt_path=last"))
+    assert {p.name for p in saved(tmp_path)} == {"step=000002.ckpt", "step=000003.ckpt"}
 
-    never_room = fit_arguments(
-        student(),
-        questions,
-        tmp_path / "full",
-        "--checkpoint.every_n_train_steps=2",
+
+ROOM = 200_000
+"""Bytes: all that a run writes but its checkpoints is smaller."""
+
+
+def full_disk(*steps: int) -> list[str]:
+    return [
         "--trainer.callbacks+=running.FullDisk",
-    )
-    full = run([*program, *never_room], FULL_FROM="3", FULL_TO="100", **room)
-    assert full.returncode == 1
-    assert "Traceback" not in full.stderr
-    assert "error: the checkpoint" in full.stderr and "make room" in full.stderr
-    assert [p.name for p in saved(tmp_path / "full")] == ["step=000002.ckpt"]
+        f"--trainer.callbacks.steps={list(steps)}",
+        f"--trainer.callbacks.room={ROOM}",
+    ]
+
+
+def test_a_full_disk_ends_no_run_and_costs_no_checkpoint(student, questions, tmp_path, caplog):
+    every = "--checkpoint.every_n_train_steps=2"
+    longer = "--trainer.max_steps=6"
+    main(fit_arguments(student(), questions, tmp_path, every, longer, *full_disk(3, 4)))
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert "step=000004.ckpt' can't be written" in said and "make room" in said
+    assert said.endswith("step=000002.ckpt"), "the newest that is whole"
+    assert [p.name for p in saved(tmp_path)] == ["step=000006.ckpt", "step=000002.ckpt"]
+    assert saved(tmp_path)[1].stat().st_size > 1.5 * ROOM
+
+
+def test_where_the_disk_is_full_ranks_agree_and_the_last_step_is_an_error(
+    student, questions, tmp_path
+):
+    # The first attempt and the last two fail.
+    arguments = fit_arguments(student(), questions, tmp_path, "--trainer.max_steps=4")
+    program = [sys.executable, "-m", "thinktuning.cli"]
+    with two_ranks([*program, *arguments, *full_disk(1, 3, 4)]) as ranks:
+        for process in ranks:
+            _, said = process.communicate(timeout=120)
+            assert process.returncode == 1, said[-3000:]
+            assert "Traceback" not in said, said[-3000:]
+            assert "error: " in said and "step=000004.ckpt" in said
+    assert [p.name for p in saved(tmp_path)] == ["step=000002.ckpt"]
+    assert checkpoint(tmp_path)["global_step"] == 2, "by its link"
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def checkpoint_size(student, questions, root: Path) -> int:
-    main(fit_arguments(student(), questions, root, "--trainer.max_steps=1"))
-    return saved(root)[0].stat().st_size
+MONITORED = ["--trainer.callbacks+=running.StepMetric", "--checkpoint.monitor=steps_done"]
+
+
+def test_a_full_disk_costs_no_best_checkpoint(student, questions, tmp_path):
+    rising = [*MONITORED, "--checkpoint.mode=max"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    with pytest.raises(SystemExit, match=r"step=000003\.ckpt' can't be written"):
+        main(fit_arguments(student(), questions, one, *rising, *full_disk(2, 3)))
+    assert [p.name for p in saved(one)] == ["step=000001.ckpt"]
+
+    best = "--checkpoint.save_top_k=2"
+    main(fit_arguments(student(), questions, two, *rising, best, *full_disk(2)))
+    assert [p.name for p in saved(two)] == ["step=000003.ckpt", "step=000001.ckpt"]
+    (state,) = [s for s in checkpoint(two)["callbacks"].values() if "best_k_models" in s]
+    assert {Path(p) for p in state["best_k_models"]} == set(saved(two)), "no others"
+
+
+@pytest.mark.parametrize(
+    ("last", "best"), [("link", 1), ("true", 1), ("false", 1), ("link", 0), ("false", 0)]
+)
+def test_the_last_step_is_saved_also_where_it_is_not_among_the_best(
+    student, questions, tmp_path, last, best
+):
+    kept = ["--checkpoint.mode=min", f"--checkpoint.save_top_k={best}"]
+    kept.append(f"--checkpoint.save_last={last}")
+    main(fit_arguments(student(), questions, tmp_path, *MONITORED, *kept))
+    newest, *older = saved(tmp_path)
+    assert torch.load(newest, weights_only=True)["global_step"] == 3
+    assert [p.name for p in older] == ["step=000001.ckpt"] * best
+    if last != "false":
+        assert checkpoint(tmp_path)["global_step"] == 3
+
+
+def test_a_step_is_ranked_by_its_own_validation(student, questions, tmp_path):
+    monitored = [
+        "--trainer.callbacks+=running.ValidationStep",
+        "--trainer.val_check_interval=1",
+        "--checkpoint.monitor=val/steps_done",
+        "--checkpoint.save_top_k=-1",
+    ]
+    main(fit_arguments(student(), questions, tmp_path, *monitored))
+    (state,) = [s for s in checkpoint(tmp_path)["callbacks"].values() if "best_k_models" in s]
+    ranked = {Path(path).name: score.item() for path, score in state["best_k_models"].items()}
+    assert ranked == {f"step=00000{step}.ckpt": step for step in (1, 2, 3)}
+
+
+def test_a_signals_step_is_saved_also_where_none_are_kept(
+    student, questions, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("KILL_AT", "rollout:1")
+    monkeypatch.setenv("KILL_BY", str(int(signal.SIGTERM)))
+    none = ["--checkpoint.save_top_k=0", "--checkpoint.save_last=false"]
+    traced = "--trainer.callbacks+=tracing.Trace"
+    with pytest.raises(SystemExit) as exit_:
+        main(fit_arguments(student(), questions, tmp_path, *none, traced))
+    assert exit_.value.code == 128 + signal.SIGTERM
+    (path,) = saved(tmp_path)
+    assert capsys.readouterr().err.endswith(f"--ckpt_path {path}\n")
+    assert torch.load(path, weights_only=True)["global_step"] == 2
 
 
 # ------------------------------------------------------- what has changed
@@ -252,3 +307,24 @@ def waited(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 def line_with(process: subprocess.Popen[str], words: str) -> str:
     return next(line for line in process.stderr if words in line)
+
+
+@contextmanager
+def two_ranks(arguments: list[str], dies: str = "never:0") -> Iterator[list[subprocess.Popen[str]]]:
+    """A run on two processes, the second of which may be told when to die."""
+    # By hand: torchrun would end the other one itself.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    arguments = [*arguments, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+    ranks = [
+        started(arguments, **there, LOCAL_RANK=str(rank), KILL_AT=dies if rank else "never:0")
+        for rank in (0, 1)
+    ]
+    try:
+        yield ranks
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()

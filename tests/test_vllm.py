@@ -208,6 +208,7 @@ def test_a_sync_changes_logprobs_to_those_of_the_new_weights(any_folder):
     assert gap(old, PROMPTS, groups, 0.7).mean() > 1e-2, "the step changed too little to show"
 
 
+@pytest.mark.faults
 def test_weights_that_vllm_has_no_place_for_stop_the_run(net, text):
     started = engine()
     started.load_weights(net, text)
@@ -232,6 +233,7 @@ class ForgetfulEngine(VLLMEngine):
         super()._receive((n, w) for n, w in weights if not re.search(self.lost, n))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "lost", ["", r"layers.1.mlp.down_proj", r"layers.0.self_attn.k_proj", "embed", "norm"]
 )
@@ -243,6 +245,7 @@ def test_a_sync_that_loses_weights_stops_the_run(folder, net, text, lost):
     started.close()
 
 
+@pytest.mark.faults
 def test_a_tied_head_follows_its_embedding(folder, net, text, monkeypatch):
     monkeypatch.setattr("thinktuning.engines.vllm._pack_tied_head", lambda model: None)
     started = engine()

@@ -15,7 +15,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from thinktuning import wiring
 from thinktuning.baselines import SFTModule, STaRDataModule, STaRModule
-from thinktuning.callbacks import AuditLog, ResumeCheck, RolloutProgress, SampleLog
+from thinktuning.callbacks import (
+    AuditLog,
+    BehaviorRates,
+    ResumeCheck,
+    RolloutProgress,
+    SampleLog,
+)
 from thinktuning.data import GSM8KDataModule
 from thinktuning.errors import (
     AbsentTeacherError,
@@ -72,7 +78,7 @@ _METHODS: dict[wiring.Method, tuple[type[wiring.MethodCLI], type, type, list[typ
         wiring.ThinkTuningCLI,
         ThinkTuningModule,
         GSM8KDataModule,
-        [RolloutProgress, SampleLog, AuditLog, ResumeCheck],
+        [RolloutProgress, SampleLog, BehaviorRates, AuditLog, ResumeCheck],
     ),
     "sft": (wiring.SFTCLI, SFTModule, GSM8KDataModule, [RolloutProgress, ResumeCheck]),
     "star": (wiring.STaRCLI, STaRModule, STaRDataModule, [RolloutProgress, ResumeCheck]),

@@ -1,7 +1,7 @@
 """What a rollout batch looks like in numbers."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -144,3 +144,23 @@ def _reward(rollout: Rollout) -> float:
 
 def _correct(rollout: Rollout) -> bool:
     return rollout.outcome is Outcome.CORRECT
+
+
+HELD_OUT: Mapping[str, Callable[[Rollout], float]] = {
+    "accuracy": _correct,
+    "no_answer": lambda r: r.outcome is Outcome.NO_ANSWER,
+    "length": lambda r: len(r.completion_ids),
+    "cut_off": lambda r: not r.finished,
+}
+"""What is seen in every judged answer to a held-out question."""
+
+
+def held_out_rewards(names: Iterable[str]) -> dict[str, Callable[[Rollout], float]]:
+    """The same of rewards, in all and by their names."""
+    seen: dict[str, Callable[[Rollout], float]] = {
+        "reward": _reward,
+        "reward/failed": lambda r: r.reward_failed,
+    }
+    for name in names:
+        seen[f"reward/{name}"] = lambda r, name=name: r.reward_parts[name]  # type: ignore[misc]
+    return seen

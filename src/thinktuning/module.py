@@ -11,6 +11,7 @@ How it differs from the paper and from the authors' recipe:
 """
 
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,13 +22,20 @@ from transformers import PreTrainedModel
 from thinktuning.callbacks.base import RolloutCallback
 from thinktuning.engines import SamplingParams, derive_seed
 from thinktuning.errors import InputError, too_small
-from thinktuning.metrics import StepMetrics, rollout_means
+from thinktuning.metrics import StepMetrics, held_out_rewards, rollout_means
 from thinktuning.objective import Mean, ObjectiveConfig
 from thinktuning.policy import load_model, without_adapters
 from thinktuning.policy_module import PolicyModule
-from thinktuning.rewards import MathReward, Reward, RewardGuard, score
+from thinktuning.rewards import (
+    MathReward,
+    Reward,
+    RewardGuard,
+    reward_names,
+    score,
+    score_rollouts,
+)
 from thinktuning.tensors import with_advantages
-from thinktuning.types import Prompt, RolloutBatch
+from thinktuning.types import Prompt, Rollout, RolloutBatch
 from thinktuning.update import PolicyUpdate
 
 
@@ -46,7 +54,7 @@ class ThinkTuningModule(PolicyModule):
         rewards: Added up; null is 1 for a correct answer.
         reward_seconds: Deadline of a call of a reward, > 0. One that raises, hangs or returns no
             number earns that response 0 (reward/failed).
-        max_failed_rewards: The run ends behind so many such responses in a row, >= 1.
+        max_failed_rewards: The run ends behind so many such responses of one reward in a row, >= 1.
         max_logprob_gap: Warns in every step in which the engine's logprobs and the trainer's differ
             by more on average, in nats; null never does. bfloat16 makes 0.03.
         kwargs: Those of ``PolicyModule``. The frozen reference begins as the same weights as the
@@ -72,12 +80,13 @@ class ThinkTuningModule(PolicyModule):
             ("num_mini_batches", num_mini_batches, 1),
             ("max_failed_rewards", max_failed_rewards, 1),
         )
-        for name, value in (
-            ("reward_seconds", reward_seconds),
-            ("max_logprob_gap", max_logprob_gap),
-        ):
-            if value is not None and value <= 0:
-                faults.append(f"{name} must be positive, got {value}")
+        if not 0 < reward_seconds <= threading.TIMEOUT_MAX:
+            faults.append(
+                f"reward_seconds must be positive and at most {threading.TIMEOUT_MAX:.0f}, got "
+                f"{reward_seconds}"
+            )
+        if max_logprob_gap is not None and not max_logprob_gap > 0:
+            faults.append(f"max_logprob_gap must be positive or null, got {max_logprob_gap}")
         if not 0 < temperature < math.inf:
             faults.append(f"temperature must be positive, got {temperature}")
         if rewards is not None and not rewards:
@@ -90,6 +99,7 @@ class ThinkTuningModule(PolicyModule):
         self.rewards: Sequence[Reward] = [MathReward()] if rewards is None else rewards
         self.guard = RewardGuard(reward_seconds, max_failed_rewards)
         self.max_logprob_gap = max_logprob_gap
+        self._watch_held_out(held_out_rewards(reward_names(self.rewards)))
 
     # ---------------------------------------------------------------- models
 
@@ -161,10 +171,10 @@ class ThinkTuningModule(PolicyModule):
     def _watch_drift(self, values: Mapping[str, float]) -> None:
         """Say so where the engine doesn't sample from the policy that is trained."""
         gap, limit = values.get("engine/logprob_gap", 0.0), self.max_logprob_gap
-        if limit is not None and gap > limit:
+        if limit is not None and not gap <= limit:  # so that nan is told as well
             rank_zero_warn(
                 f"step {self.global_step}: logprobs of the engine and of the trainer differ by "
-                f"{gap:.3f} nats on average, more than model.max_logprob_gap={limit}: what is "
+                f"{gap:.3f} nats on average, and model.max_logprob_gap={limit} is allowed: what is "
                 f"trained on is less and less what the policy would say; see docs/engines.md"
             )
 
@@ -197,3 +207,7 @@ class ThinkTuningModule(PolicyModule):
             for i, completion in enumerate(group)
         ]
         return RolloutBatch(step, self.group_size, tuple(rollouts))
+
+    def _judge(self, rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
+        """Fill in outcomes and rewards."""
+        return tuple(score_rollouts(rollouts, self.rewards, self.guard))

@@ -1,9 +1,9 @@
 """What the modules that train a policy share: weights, optimizer, checkpoints, validation."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from thinktuning.engines import (
     own_weights,
 )
 from thinktuning.errors import InputError, too_small
-from thinktuning.metrics import StepMetrics
+from thinktuning.metrics import HELD_OUT, StepMetrics
 from thinktuning.objective import Mean
 from thinktuning.policy import (
     GROUPED,
@@ -44,11 +44,11 @@ from thinktuning.policy import (
     suitable,
     with_adapters,
 )
-from thinktuning.recovery import SkippedSteps
+from thinktuning.recovery import SkippedSteps, memory_is_told
 from thinktuning.resuming import begin_new_epoch
 from thinktuning.rewards import verify_math
 from thinktuning.strategy import FSDP2Strategy, check_strategy
-from thinktuning.types import Outcome, Prompt, Rollout
+from thinktuning.types import Prompt, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -141,8 +141,9 @@ class PolicyModule(LightningModule):
         self.lora = lora
         self.seed = seed
         self._resumed_optimizer: str | None = None
-        self.val_accuracy, self.val_no_answer = MeanMetric(), MeanMetric()
-        self.val_length, self.val_cut_off = MeanMetric(), MeanMetric()
+        self._held_out: dict[str, Callable[[Rollout], float]] = {}
+        self._held_out_means = nn.ModuleList()
+        self._watch_held_out(HELD_OUT)
 
     # ---------------------------------------------------------------- models
 
@@ -344,39 +345,61 @@ class PolicyModule(LightningModule):
     on_test_start = on_validation_start
     on_test_end = on_validation_end
 
-    def validation_step(self, prompts: list[Prompt], batch_idx: int) -> None:
-        """Greedy answers of the student, without guidance."""
-        self._evaluate(prompts, "val")
+    def validation_step(self, prompts: list[Prompt], batch_idx: int) -> dict[str, Any]:
+        """Greedy answers of the student, without guidance.
 
-    def test_step(self, prompts: list[Prompt], batch_idx: int) -> None:
+        Returns:
+            For callbacks: ``rollouts``, a tuple of them; none where this rank had no question.
+        """
+        return {"rollouts": self._evaluate(prompts, "val")}
+
+    def test_step(self, prompts: list[Prompt], batch_idx: int) -> dict[str, Any]:
         """The same as validation."""
-        self._evaluate(prompts, "test")
+        return {"rollouts": self._evaluate(prompts, "test")}
 
-    def _evaluate(self, prompts: Sequence[Prompt], prefix: str) -> None:
+    def _evaluate(self, prompts: Sequence[Prompt], prefix: str) -> tuple[Rollout, ...]:
         params = SamplingParams(self.max_new_tokens, self.stop_ids, temperature=0.0)
         groups = self._complete(prompts, [[0]] * len(prompts), params)
-        for prompt, (completion,) in zip(prompts, groups, strict=True):
-            rollout = self._rollout(prompt, 0, completion)
-            outcome = verify_math(rollout.text, prompt.answer, rollout.finished)
-            self.val_accuracy.update(float(outcome is Outcome.CORRECT))
-            self.val_no_answer.update(float(outcome is Outcome.NO_ANSWER))
-            self.val_length.update(float(len(rollout.completion_ids)))
-            self.val_cut_off.update(float(not rollout.finished))
-        self.log(f"{prefix}/accuracy", self.val_accuracy, prog_bar=True, batch_size=1)
-        self.log(f"{prefix}/no_answer", self.val_no_answer, batch_size=1)
-        self.log(f"{prefix}/length", self.val_length, batch_size=1)
-        self.log(f"{prefix}/cut_off", self.val_cut_off, batch_size=1)
+        rollouts = self._judge(
+            [
+                self._rollout(prompt, 0, completion)
+                for prompt, (completion,) in zip(prompts, groups, strict=True)
+            ]
+        )
+        for (name, value), mean in zip(self._held_out.items(), self._held_out_means, strict=True):
+            assert isinstance(mean, MeanMetric)
+            for rollout in rollouts:
+                mean.update(float(value(rollout)))
+            self.log(f"{prefix}/{name}", mean, prog_bar=name == "accuracy", batch_size=1)
+        return rollouts
+
+    def _watch_held_out(self, values: Mapping[str, Callable[[Rollout], float]]) -> None:
+        """Log the means of these, by their names, whenever held-out questions are answered."""
+        self._held_out |= values
+        self._held_out_means.extend(MeanMetric() for _ in values)
+
+    def _judge(self, rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
+        """Fill in outcomes."""
+        return tuple(
+            replace(r, outcome=verify_math(r.text, r.prompt.answer, r.finished)) for r in rollouts
+        )
 
     # --------------------------------------------------------------- logging
 
     @contextmanager
     def _stage(self, name: str, metrics: StepMetrics) -> Iterator[None]:
-        """Time a stage, for the profiler too, and tell the callbacks that it begins."""
+        """Time a stage, for the profiler too; tell the callbacks that it begins, and the user if it
+        had too little memory.
+        """
         for callback in self._callbacks():
             if isinstance(callback, StageObserver):
                 callback.on_stage(self.trainer, self, name)
         profiler: Profiler = self.trainer.profiler  # type: ignore[attr-defined]
-        with profiler.profile(f"[stage]{name}"), metrics.timed(name):
+        with (
+            memory_is_told(self, name),
+            profiler.profile(f"[stage]{name}"),
+            metrics.timed(name),
+        ):
             yield
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # what a stage has begun counts as its own

@@ -1,6 +1,8 @@
 """What an update does about numbers that aren't finite, and about too little memory."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +17,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_IN_MICRO_BATCHES = ("logprobs", "update")
+_LESS = (
+    "or train model.lora, or cut the model over ranks by trainer.strategy fsdp2; "
+    "`thinktuning plan` says what fits"
+)
+
 
 class SkippedSteps:
     """Counts the optimizer steps that were skipped one after the other, and keeps their batches.
@@ -27,11 +35,12 @@ class SkippedSteps:
         self.limit = limit
         self.in_a_row = 0
 
-    def note(self, finite: bool, mini: PolicyInputs, module: "PolicyModule") -> None:
+    def note(self, finite: bool, number: int, mini: PolicyInputs, module: "PolicyModule") -> None:
         """Note an optimizer step, on all ranks alike.
 
         Args:
             finite: Loss and gradient were; else the step was skipped.
+            number: Of the mini-batch in its batch, from 1.
             mini: What it was computed on.
             module: Whose it is.
 
@@ -41,7 +50,7 @@ class SkippedSteps:
         self.in_a_row = 0 if finite else self.in_a_row + 1
         if finite:
             return
-        path = _dump(mini, module)
+        path = _dump(mini, number, module)
         log.warning(
             "step %d: the loss or its gradient isn't finite; the optimizer step is skipped (%d in "
             "a row, the run ends behind %d), its batch is in %s",
@@ -58,11 +67,12 @@ class SkippedSteps:
             )
 
 
-def _dump(mini: PolicyInputs, module: "PolicyModule") -> Path:
+def _dump(mini: PolicyInputs, number: int, module: "PolicyModule") -> Path:
     """Write a batch as a dictionary of tensors, for ``torch.load``; see ``PolicyInputs``."""
     trainer = module.trainer
     folder = Path(trainer.log_dir or trainer.default_root_dir) / "skipped"
-    path = folder / f"step={module.global_step:06d}.rank={trainer.global_rank}.pt"
+    name = f"step={module.global_step:06d}.mini={number}.rank={trainer.global_rank}.pt"
+    path = folder / name
     tensors = {f.name: getattr(mini, f.name) for f in fields(mini)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,15 +88,20 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or on_host
 
 
-def halve_micro_batches(module: "PolicyModule", reason: str) -> None:
-    """Make micro-batches half as large, for the rest of the run.
+def halve_micro_batches(module: "PolicyModule", rows: int, reason: str) -> None:
+    """Make micro-batches half as large as one that didn't fit, for the rest of the run.
+
+    Args:
+        module: Whose limits they are.
+        rows: Rollouts of the one that didn't fit.
+        reason: What the device said.
 
     Raises:
-        InputError: If they are single rollouts, or if other ranks wait in the midst of the pass.
+        InputError: If it was a single rollout, or if other ranks wait in the midst of the pass.
     """
-    if module.micro_batch_size == 1 or module.trainer.world_size > 1:
-        raise InputError(too_little_memory(module, reason))
-    module.micro_batch_size //= 2
+    if rows <= 1 or module.trainer.world_size > 1:
+        raise InputError(too_little_memory("the update", rows, reason))
+    module.micro_batch_size = rows // 2
     if module.micro_batch_tokens is not None:
         module.micro_batch_tokens = max(1, module.micro_batch_tokens // 2)
     if module.device.type == "cuda":
@@ -101,11 +116,33 @@ def halve_micro_batches(module: "PolicyModule", reason: str) -> None:
     )
 
 
-def too_little_memory(module: "PolicyModule", reason: str) -> str:
+@contextmanager
+def memory_is_told(module: "PolicyModule", stage: str) -> Iterator[None]:
+    """Say in a few words that a stage had too little memory.
+
+    Raises:
+        InputError: In place of the device's or the host's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        if stage in _IN_MICRO_BATCHES:
+            message = too_little_memory(f"the stage {stage}", module.micro_batch_size, reason)
+        else:
+            message = (
+                f"the stage {stage} is out of memory ({reason}): lower what the engine takes "
+                f"(max_batch_size, memory_fraction) or model.max_new_tokens; {_LESS}"
+            )
+        raise InputError(message) from error
+
+
+def too_little_memory(where: str, rows: int, reason: str) -> str:
     """What a user can do."""
     return (
-        f"the update is out of memory with micro-batches of {module.micro_batch_size} rollouts "
-        f"({reason}): lower model.micro_batch_size or model.max_new_tokens, set "
-        f"model.micro_batch_tokens or model.activation_checkpointing true, or train model.lora; "
-        f"`thinktuning plan` says what fits"
+        f"{where} is out of memory with micro-batches of {rows} rollouts ({reason}): lower "
+        f"model.micro_batch_size or model.max_new_tokens, set model.micro_batch_tokens or "
+        f"model.activation_checkpointing true; {_LESS}"
     )

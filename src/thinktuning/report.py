@@ -51,7 +51,9 @@ def print_next_steps(trainer: Trainer, run: Path, console: Console) -> None:
 def _audit_rows(run: Path) -> list[dict[str, Any]]:
     rows = []
     for path in sorted(run.glob("audit*.jsonl")):
-        rows += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines, which also ends a line at separators that answers may have.
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows += [json.loads(line) for line in lines if line]
     return rows
 
 

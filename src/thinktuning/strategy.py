@@ -1,10 +1,12 @@
 """The strategy for models that are cut over ranks: Lightning's, with checkpoints that are whole."""
 
 import shutil
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch.distributed
 import torch.distributed.checkpoint as distributed_checkpoint
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import (
@@ -24,11 +26,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from thinktuning.checkpointing import (
+    CHECKSUMS,
     DAMAGED,
     META,
     SIZES,
     by_index,
     by_name,
+    checksum,
     damaged,
     file_sizes,
     put,
@@ -39,6 +43,8 @@ from thinktuning.checkpointing import (
     unsaved,
 )
 from thinktuning.errors import InputError, UnsavedError
+
+T = TypeVar("T")
 
 _FSDP2 = """\
 trainer:
@@ -110,30 +116,65 @@ class FSDP2Strategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a folder or a file that appears under its name when it is whole."""
+        """Write a folder or a file that appears under its name when it is whole.
+
+        Raises:
+            UnsavedError: Of a folder on all ranks, whichever of them failed; of a file on rank 0.
+        """
         assert storage_options is None, "local files take no storage options"
         path = Path(self.broadcast(str(filepath)))
         if not self._sharded:
             Strategy.save_checkpoint(self, checkpoint, path)
             return
-        unfinished = path.with_name(path.name + ".tmp")
-        if self.is_global_zero:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-            unfinished.mkdir(parents=True)
-        self.barrier()
+        unfinished = _unfinished(path)
+        self._discard(unfinished)  # of a run that was killed
         state = {"state_dict": checkpoint.pop("state_dict")}
         optimizers = checkpoint.pop("optimizer_states", [])
         state |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
         try:
             distributed_checkpoint.save(state, checkpoint_id=unfinished)
-        except CheckpointException as error:  # on all ranks, whichever of them failed
-            raise UnsavedError(unsaved(path, error)) from error
+            parts = self._together(lambda: self._checksums(unfinished))
+            checksums = {name: value for part in parts for name, value in part.items()}
+            self._together(lambda: self._finish(checkpoint | {CHECKSUMS: checksums}, path))
+        except (OSError, CheckpointException) as error:
+            self._discard(unfinished)
+            cause = _cause(error)
+            # torch's writers have RuntimeErrors of their own for a full disk.
+            if isinstance(error, UnsavedError) or not isinstance(cause, OSError | RuntimeError):
+                raise
+            raise UnsavedError(unsaved(path, cause)) from error
+
+    def _checksums(self, folder: Path) -> dict[str, int]:
+        """Those of the files that this rank has written, the cheapest for it to read back."""
+        mine = list(folder.glob(f"__{self.global_rank}_*"))
+        if self.is_global_zero:
+            mine.append(folder / ".metadata")
+        return {file.name: checksum(file) for file in mine}
+
+    def _finish(self, meta: dict[str, Any], path: Path) -> None:
+        if self.is_global_zero:
+            unfinished = _unfinished(path)
+            save_file(meta | {SIZES: file_sizes(unfinished)}, unfinished / META)
+            put(unfinished, path)
+
+    def _discard(self, folder: Path) -> None:
+        if self.is_global_zero:
+            folder.unlink() if folder.is_file() else shutil.rmtree(folder, ignore_errors=True)
+        self.barrier()
+
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        """What an action returns on every rank; where it fails on one, it fails on all."""
+        mine: T | OSError
         try:
-            if self.is_global_zero:
-                save_file(checkpoint | {SIZES: file_sizes(unfinished)}, unfinished / META)
-                put(unfinished, path)
-        finally:
-            self.barrier()
+            mine = action()
+        except OSError as error:
+            mine = error
+        everyones: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(everyones, mine)
+        for each in everyones:
+            if isinstance(each, OSError):
+                raise each
+        return everyones
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
@@ -189,6 +230,19 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _module(self) -> Any:
         assert self.lightning_module is not None
         return self.lightning_module
+
+
+def _unfinished(path: Path) -> Path:
+    """Where a folder is written before it gets its name."""
+    return path.with_name(path.name + ".tmp")
+
+
+def _cause(error: OSError | CheckpointException) -> BaseException:
+    """What went wrong on the first rank where something did; torch tells of all at length."""
+    if isinstance(error, CheckpointException):
+        cause, _ = next(iter(error.failures.values()))
+        return cause
+    return error
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description=FSDP2Strategy.__doc__ or "")

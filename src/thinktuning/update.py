@@ -10,7 +10,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from thinktuning.errors import InputError, LostGradientsError
+from thinktuning.errors import LostGradientsError
 from thinktuning.metrics import StepMetrics
 from thinktuning.objective import (
     LossOutput,
@@ -28,7 +28,7 @@ from thinktuning.policy import (
     rounded_weights,
     whole,
 )
-from thinktuning.recovery import halve_micro_batches, is_out_of_memory, too_little_memory
+from thinktuning.recovery import halve_micro_batches, is_out_of_memory
 from thinktuning.tensors import lengths_of, micro_batches, policy_inputs, split, trim
 from thinktuning.types import PolicyInputs, RolloutBatch
 
@@ -95,6 +95,7 @@ class Update(ABC):
         self.num_mini_batches = num_mini_batches
         self.temperature = temperature
         self.normalizer = normalizer
+        self._rows = module.micro_batch_size  # of the micro-batch in work
 
     @abstractmethod
     def loss(self, micro: PolicyInputs) -> LossOutput:
@@ -132,7 +133,7 @@ class Update(ABC):
                 self._check_arrival(signal, norm)
             else:
                 optimizer.zero_grad()  # the optimizer passes over missing gradients
-            self.module.skipped.note(finite, mini, self.module)
+            self.module.skipped.note(finite, number, mini, self.module)
             clean_norm = norm.item() if finite else 0.0
             self.metrics.add({"optimizer/grad_norm": Mean(clean_norm, int(finite))})
             self.metrics.add({"optimizer/skipped_steps": Mean(int(not finite), 1)})
@@ -161,23 +162,19 @@ class Update(ABC):
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition("\n")[0]
         # Behind the handler, which would hold what the failed pass has computed.
         self.module.zero_grad()
         self.metrics.restore(noted)
-        halve_micro_batches(self.module, reason)
-        try:
-            return self._accumulate(mini, trained)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise InputError(too_little_memory(self.module, reason)) from error
+        halve_micro_batches(self.module, self._rows, reason)
+        return self._accumulate(mini, trained)
 
     def _accumulate(self, mini: PolicyInputs, trained: PolicyInputs) -> Tensor:
         sums = torch.zeros(2, device=self.module.device)
         with rounded_weights(self.module.policy) as gradients:
             backward = Tensor.backward if gradients.needed else self.module.manual_backward
             for micro in self._micro_batches(mini, trained):
+                self._rows = micro.input_ids.shape[0]
                 sums += self._backward(micro, backward)
         gradients.deliver(self.module.manual_backward)
         return sums

@@ -2,6 +2,7 @@
 
 from thinktuning.callbacks.audit import AuditLog
 from thinktuning.callbacks.base import RolloutCallback, StageObserver
+from thinktuning.callbacks.behaviors import BehaviorRates
 from thinktuning.callbacks.checkpoint import RolloutCheckpoint
 from thinktuning.callbacks.guidance import TeacherGuidance
 from thinktuning.callbacks.injection import BehaviorInjection
@@ -12,6 +13,7 @@ from thinktuning.callbacks.samples import SampleLog
 __all__ = [
     "AuditLog",
     "BehaviorInjection",
+    "BehaviorRates",
     "ResumeCheck",
     "RolloutCallback",
     "RolloutCheckpoint",

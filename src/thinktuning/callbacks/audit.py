@@ -1,6 +1,8 @@
 """An account of every rollout that was selected for guidance."""
 
 import json
+import logging
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from thinktuning.rewards import last_boxed
 from thinktuning.types import Rollout, RolloutBatch
 
+log = logging.getLogger(__name__)
+
 
 class AuditLog(Callback):
     """Writes ``audit.jsonl`` into the run's folder: one row per rollout selected for guidance.
 
-    On more than one rank each writes its own ``audit.rank<N>.jsonl``.
+    On more than one rank each writes its own ``audit.rank<N>.jsonl``. What a full disk doesn't take
+    is lost, which ends no run.
     """
 
     def __init__(self) -> None:
         self.folder: Path | None = None  # the run's; set by the command line
         self._path: Path | None = None
+        self._bytes = 0  # of whole rows; what is behind them is cut off before the next
+        self._lost = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Agree on rank 0's folder: others may have looked for a free one after it was made."""
@@ -30,11 +37,8 @@ class AuditLog(Callback):
         folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"audit{rank}.jsonl"
-        if self._path.exists():
-            kept = [line for line in _rows(self._path) if line["step"] < trainer.global_step]
-            rewritten = self._path.with_suffix(".tmp")
-            _write(rewritten, kept, "w")
-            rewritten.replace(self._path)
+        self._bytes = _bytes_before(trainer.global_step, self._path)
+        self._append([])
 
     def on_train_batch_end(
         self,
@@ -47,8 +51,36 @@ class AuditLog(Callback):
         """Append the rows of this step."""
         rollouts: RolloutBatch = outputs["rollouts"]
         rows = [audit_row(rollouts.step, r) for r in rollouts.rollouts if r.guidance is not None]
+        self._append(rows)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how much is missing."""
+        self._tell_lost()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Say how much is missing."""
+        self._tell_lost()
+
+    def _tell_lost(self) -> None:
+        if self._lost:
+            self._append([])  # the end may be half a row
+            log.warning("%s lacks %d rows that couldn't be written", self._path, self._lost)
+
+    def _append(self, rows: list[dict[str, Any]]) -> None:
         assert self._path is not None, "on_train_start must come first"
-        _write(self._path, rows, "a")
+        added = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        try:
+            with self._path.open("ab") as file:
+                file.truncate(self._bytes)
+                file.write(added)
+        except OSError as error:
+            if rows and not self._lost:
+                log.warning("rows of %s are lost (%s); training goes on", self._path, error)
+            self._lost += len(rows)
+        else:
+            self._bytes += len(added)
 
 
 def audit_row(step: int, rollout: Rollout) -> dict[str, Any]:
@@ -83,11 +115,10 @@ def _judged(rollout: Rollout) -> dict[str, Any]:
     }
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a file; a killed run may have left half a line at its end."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-
-
-def _write(path: Path, rows: list[dict[str, Any]], mode: str) -> None:
-    with path.open(mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _bytes_before(step: int, path: Path) -> int:
+    """Length of the whole rows of earlier steps; a killed run may have left half a row behind."""
+    if not path.exists():
+        return 0
+    whole = path.read_bytes().split(b"\n")[:-1]
+    kept = takewhile(lambda row: json.loads(row)["step"] < step, whole)
+    return sum(len(row) + 1 for row in kept)

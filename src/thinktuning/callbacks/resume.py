@@ -47,7 +47,8 @@ class ResumeCheck(Callback):
             faults.append(
                 "the training questions aren't those of the checkpoint: their order would be "
                 "another, so that some would be repeated and others missed; give the same "
-                "data.source, data.limit, data.val_size and seed"
+                "data.source, data.val_source, data.val_size, data.limit, data.max_prompt_tokens "
+                "(which the other parts of a prompt count towards) and seed_everything"
             )
         if noted["tokenizer"] != _tokenizer(pl_module):
             faults.append(

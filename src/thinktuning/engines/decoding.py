@@ -16,6 +16,9 @@ from thinktuning.engines.kv_cache import RoomyLayer, decoding_cache, sees_all
 _BLOCK = 256
 """Tokens whose probabilities are added up before they are looked at one by one."""
 
+_KEPT_BLOCK = 64
+"""Tokens of a prefix that is kept for later prompts are read so many at a time."""
+
 
 @dataclass
 class Row:
@@ -67,33 +70,57 @@ class Prefix:
     cache: DynamicCache
 
 
-def read_prefix(
+def read_prefix(model: PreTrainedModel, token_ids: Sequence[int]) -> Prefix:
+    """Read the tokens, at least one, at once."""
+    cache = decoding_cache(model.config)
+    _read(model, cache, token_ids, 0)
+    return Prefix(list(token_ids), cache)
+
+
+def read_kept_prefix(
     model: PreTrainedModel, token_ids: Sequence[int], known: Prefix | None = None
-) -> Prefix:
-    """Read the tokens, as far as ``known`` doesn't hold them already.
+) -> Prefix | None:
+    """Read whole blocks of the tokens, as far as ``known`` doesn't hold them already.
+
+    Blocks begin at fixed places: what is read doesn't depend, in its last bits, on what was known,
+    so that a run that is resumed repeats the one that wasn't stopped.
 
     Args:
         model: Whose weights are used.
-        token_ids: To be read.
-        known: Used up; its layers must all see all tokens.
+        token_ids: To be read, but for those behind the last whole block.
+        known: Read in the same way; used up. Its layers must all see all tokens.
+
+    Returns:
+        The whole blocks; None where there is none.
     """
-    cache = decoding_cache(model.config)
-    read = 0
+    whole = len(token_ids) - len(token_ids) % _KEPT_BLOCK
+    if whole == 0:
+        return None
+    cache, read = decoding_cache(model.config), 0
     if known is not None:
-        cache, read = known.cache, common_length([known.token_ids, token_ids])
-        if read < len(known.token_ids):
+        read = common_length([known.token_ids, token_ids[:whole]])
+        read -= read % _KEPT_BLOCK
+        if read:
+            cache = known.cache
+        if 0 < read < len(known.token_ids):
             cache.crop(read - len(known.token_ids))
-    if read < len(token_ids):
-        ids = torch.tensor([list(token_ids[read:])], device=_device(model))
-        places = torch.arange(read, len(token_ids), device=_device(model))[None]
-        model(
-            input_ids=ids,
-            position_ids=places,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    return Prefix(list(token_ids), cache)
+    for start in range(read, whole, _KEPT_BLOCK):
+        _read(model, cache, token_ids[start : start + _KEPT_BLOCK], start)
+    return Prefix(list(token_ids[:whole]), cache)
+
+
+def _read(
+    model: PreTrainedModel, cache: DynamicCache, token_ids: Sequence[int], start: int
+) -> None:
+    """Add one row's tokens to a cache that has ``start`` of them."""
+    device = _device(model)
+    model(
+        input_ids=torch.tensor([list(token_ids)], device=device),
+        position_ids=torch.arange(start, start + len(token_ids), device=device)[None],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
 
 
 def common_length(sequences: Sequence[Sequence[int]]) -> int:

@@ -1,5 +1,6 @@
 """Talking to a server: what its clients share."""
 
+import math
 import os
 import re
 import textwrap
@@ -7,7 +8,7 @@ from urllib.parse import urlsplit
 
 import openai
 
-_VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+_USUAL_NAME = re.compile("[A-Z][A-Z0-9_]*")  # which keys hardly look like
 _THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -39,21 +40,24 @@ def client_faults(concurrency: int, timeout: float, api_key_env: str | None) -> 
     faults = []
     if concurrency < 1:
         faults.append(f"concurrency must be at least 1, got {concurrency}")
-    if timeout <= 0:
-        faults.append(f"timeout must be positive, got {timeout}")
-    if api_key_env is not None and not _VARIABLE.fullmatch(api_key_env):
-        faults.append(
-            "api_key_env must be the name of an environment variable that has the key; what it is "
-            "isn't shown, since it may be the key itself"
-        )
-    elif not api_key(api_key_env):
+    if not 0 < timeout < math.inf:
+        faults.append(f"timeout must be positive and finite, got {timeout}")
+    if api_key(api_key_env):
+        return faults
+    if _USUAL_NAME.fullmatch(str(api_key_env)):
         faults.append(f"the environment variable {api_key_env} with the key isn't set")
+    else:
+        faults.append(
+            "api_key_env must be the name of an environment variable that is set to the key; what "
+            "it is isn't shown, since it may be the key itself"
+        )
     return faults
 
 
 def api_key(api_key_env: str | None) -> str:
     """The key in an environment variable, empty if it isn't set; some text where none is wanted."""
-    return "none" if api_key_env is None else os.environ.get(api_key_env, "")
+    # A dict, since os.environ itself can't be asked for what no system can encode.
+    return "none" if api_key_env is None else dict(os.environ).get(api_key_env, "")
 
 
 def url_fault(url: str, name: str, example: str) -> str | None:
@@ -64,17 +68,18 @@ def url_fault(url: str, name: str, example: str) -> str | None:
         name: Of the setting.
         example: Of a good address.
     """
+    # First, and without a parser, which may take a secret for something else or fail over it.
+    if any(sign in url for sign in "@?#"):
+        return (
+            f"{name} may have no name, password, query or fragment in it (@, ?, #), which would be "
+            f"in logs and configurations: put the key into an environment variable and name that "
+            f"in api_key_env"
+        )
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        secret = parts.username is not None
     except ValueError:  # of its port
-        good = secret = False
-    if secret:
-        return (
-            f"{name} has a name or a password in it, which would be in logs and configurations: "
-            f"put the key into an environment variable and name that in api_key_env"
-        )
+        good = False
     return None if good else f"{name} must be like {example}, got {url!r}"
 
 

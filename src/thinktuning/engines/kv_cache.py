@@ -51,9 +51,9 @@ class RoomyLayer(DynamicLayer):
         self.keep(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Take every row ``repeats`` times."""
-        keys, _ = self._states()
-        self.keep(torch.arange(len(keys), device=keys.device).repeat_interleave(repeats))
+        """Take every row ``repeats`` times, without room: how much there was is history."""
+        states = [s.repeat_interleave(repeats, dim=0) for s in self._states()]
+        self._hold(states, self.get_seq_length())
 
     def _states(self) -> tuple[Tensor, Tensor]:
         assert self.keys is not None and self.values is not None, "nothing was read yet"

@@ -17,6 +17,7 @@ from thinktuning.engines.decoding import (
     Prefix,
     common_length,
     new_row,
+    read_kept_prefix,
     read_prefix,
     read_prompts,
 )
@@ -165,15 +166,14 @@ class TransformersEngine(Engine):
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]
     ) -> Prefix | None:
         """What all prompts begin with; that of frozen weights is kept for the next prompts."""
-        shared = min(common_length(prompts), min(len(p) for p in prompts) - 1)
-        frozen, dtype = is_frozen(model), next(model.parameters()).dtype
-        if shared == 0 or not (frozen or len(prompts) > 1):
-            return None
-        known = None
-        if frozen and self._kept is not None and self._kept[:2] == (model, dtype):
+        shared = prompts[0][: min(common_length(prompts), min(len(p) for p in prompts) - 1)]
+        if not is_frozen(model):
+            return read_prefix(model, shared) if shared and len(prompts) > 1 else None
+        dtype, known = next(model.parameters()).dtype, None
+        if self._kept is not None and self._kept[:2] == (model, dtype):
             known, self._kept = self._kept[2], None
-        prefix = read_prefix(model, prompts[0][:shared], known)
-        if frozen and sees_all(prefix.cache):
+        prefix = read_kept_prefix(model, shared, known)
+        if prefix is not None and sees_all(prefix.cache):
             self._kept = (model, dtype, prefix)
         return prefix
 

@@ -5,7 +5,7 @@ from thinktuning.rewards.base import Response, Reward
 from thinktuning.rewards.guard import RewardGuard
 from thinktuning.rewards.maths import MathReward, last_boxed, verify_math
 from thinktuning.rewards.phrase import PhraseReward
-from thinktuning.rewards.scoring import score
+from thinktuning.rewards.scoring import reward_names, score, score_rollouts
 from thinktuning.types import Outcome
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "judge",
     "judge_version",
     "last_boxed",
+    "reward_names",
     "score",
+    "score_rollouts",
     "verify_math",
 ]

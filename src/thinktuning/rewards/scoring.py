@@ -23,7 +23,7 @@ def score(
         The scored batch.
     """
     originals = [r.original for r in batch.rollouts if r.original is not None]
-    scored = _score([*batch.rollouts, *originals], rewards, guard or RewardGuard())
+    scored = score_rollouts([*batch.rollouts, *originals], rewards, guard or RewardGuard())
     scored_originals = iter(scored[len(batch.rollouts) :])
     return batch.with_rollouts(
         tuple(
@@ -33,20 +33,17 @@ def score(
     )
 
 
-def _score(
+def score_rollouts(
     rollouts: Sequence[Rollout], rewards: Sequence[Reward], guard: RewardGuard
 ) -> list[Rollout]:
+    """Fill in outcome, reward and reward parts of every rollout; see ``score``."""
     responses = []
     for r in rollouts:
         outcome = verify_math(r.text, r.prompt.answer, r.finished)
         responses.append(Response(r.text, r.prompt.answer, r.finished, outcome))
     columns = {}
-    for reward in rewards:
+    for name, reward in zip(reward_names(rewards), rewards, strict=True):
         scores = guard.scores(reward, responses)
-        name, number = reward.name, 1
-        while name in columns:
-            number += 1
-            name = f"{reward.name}_{number}"
         columns[name] = [None if s is None else reward.weight * s for s in scores]
     scored = []
     for i, (rollout, response) in enumerate(zip(rollouts, responses, strict=True)):
@@ -61,3 +58,15 @@ def _score(
             )
         )
     return scored
+
+
+def reward_names(rewards: Sequence[Reward]) -> list[str]:
+    """How logs call them; of two with one name the second is numbered."""
+    names: list[str] = []
+    for reward in rewards:
+        name, number = reward.name, 1
+        while name in names:
+            number += 1
+            name = f"{reward.name}_{number}"
+        names.append(name)
+    return names

@@ -1,0 +1,257 @@
+"""Make a result of docs/results again: ``python scripts/reproduce.py catchphrase``.
+
+Reads ``configs/experiments/NAME.yaml``, runs every arm with every seed, and writes into
+``docs/results/NAME``:
+
+    scalars.csv    what was measured: arm, seed, step, scalar, value
+    runs.json      every run that was made: command, minutes, machine, versions, commit
+    curves.png     drawn from scalars.csv alone; ``--plot`` draws it again
+    table.md       likewise
+
+Runs that are finished are not made again, and one that was stopped goes on: they lie in --runs.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from thinktuning import runs
+from thinktuning.provenance import provenance
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+Settings = Mapping[str, Any]
+Row = tuple[str, int, int, str, float]
+"""arm, seed, step, scalar, value"""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs that differ in a few settings.
+
+    Attributes:
+        config: Paths of the configurations that all arms share, laid over each other.
+        seeds: Each is one run of every arm.
+        arms: Settings by dotted names, by the arm's name.
+        panels: Scalars that are drawn, with their titles.
+        table: Scalars whose last values are the table's columns, with their titles.
+    """
+
+    config: Sequence[str]
+    seeds: Sequence[int]
+    arms: Mapping[str, Settings]
+    panels: Mapping[str, str]
+    table: Mapping[str, str]
+
+    @property
+    def scalars(self) -> list[str]:
+        """What is kept of a run."""
+        return sorted({*self.panels, *self.table})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed; another configuration is another run."""
+
+    arm: str
+    seed: int
+    root: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def record(self) -> Path:
+        """What is known of it; there when it is finished."""
+        return self.root / "run.json"
+
+    @property
+    def start(self) -> Path:
+        """Where the policy was validated before training."""
+        return self.root / "start"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", help="of a file in configs/experiments")
+    parser.add_argument("--data", help="data.source instead of the configuration's")
+    parser.add_argument("--runs", type=Path, default=Path("build/reproduce"))
+    parser.add_argument("--at_once", type=int, default=1, help="runs that share the cores")
+    parser.add_argument("--plot", action="store_true", help="draw what is there, run nothing")
+    arguments = parser.parse_args()
+
+    file = Path("configs/experiments") / f"{arguments.name}.yaml"
+    experiment = Experiment(**yaml.safe_load(file.read_text()))
+    output = Path("docs/results") / arguments.name
+    if not arguments.plot:
+        more = [f"--data.source={arguments.data}"] if arguments.data else []
+        todo = list(all_runs(experiment, arguments.runs / arguments.name, more))
+        with ThreadPoolExecutor(arguments.at_once) as pool:
+            for run in pool.map(lambda run: make(run, arguments.at_once), todo):
+                print(f"{run.arm}, seed {run.seed}: finished", flush=True)
+                output.mkdir(parents=True, exist_ok=True)
+                gather(experiment, todo, output)
+    rows = read_rows(output / "scalars.csv")
+    plot(experiment, rows, output / "curves.png")
+    (output / "table.md").write_text(table(experiment, rows))
+
+
+def all_runs(experiment: Experiment, root: Path, more: Sequence[str]) -> Iterator[Run]:
+    """Every arm with the first seed, then with the second one, …"""
+    shared = "".join(Path(path).read_text() for path in experiment.config)
+    for seed in experiment.seeds:
+        for arm, settings in experiment.arms.items():
+            flags = [f"--config={path}" for path in experiment.config]
+            flags += [f"--{name}={value}" for name, value in settings.items()]
+            flags += [*more, f"--seed_everything={seed}"]
+            digest = sha256("\n".join([shared, *flags]).encode()).hexdigest()[:8]
+            name = re.sub("[^a-z0-9]+", "-", arm.lower()).strip("-")
+            yield Run(arm, seed, root / f"{name}.seed={seed}.{digest}", tuple(flags))
+
+
+def make(run: Run, at_once: int) -> Run:
+    """Train, unless that is done; a run that was stopped goes on."""
+    if run.record.exists():
+        return run
+    run.root.mkdir(parents=True, exist_ok=True)
+    if not (run.root / "started").exists():
+        shutil.rmtree(run.start, ignore_errors=True)  # of a start that was stopped
+        place = f"--trainer.default_root_dir={run.start}"
+        thinktuning("validate", [*run.arguments, place], run.root, at_once)
+        (run.root / "started").touch()
+    place = f"--trainer.default_root_dir={run.root}"
+    thinktuning("fit", [*run.arguments, place, "--ckpt_path=last"], run.root, at_once)
+    record = {
+        "arm": run.arm,
+        "seed": run.seed,
+        "command": shlex.join(["thinktuning", "fit", *run.arguments]),
+        "minutes": round(sum(measured(run, "seconds/step").values()) / 60, 1),
+        "runs_at_once": at_once,
+        **provenance(),
+    }
+    unfinished = run.record.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(record) + "\n")
+    unfinished.replace(run.record)
+    for checkpoints in run.root.glob(f"*/{runs.CHECKPOINTS}"):
+        shutil.rmtree(checkpoints)  # gigabytes that nobody asks for
+    return run
+
+
+def thinktuning(verb: str, flags: Sequence[str], root: Path, at_once: int) -> None:
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    with (root / "output.log").open("a") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "thinktuning.cli", verb, *flags],
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
+    if done.returncode:
+        raise RuntimeError(f"thinktuning {verb} ended with {done.returncode}: see {log.name}")
+
+
+def gather(experiment: Experiment, made: Sequence[Run], output: Path) -> None:
+    """Write what the finished runs have measured."""
+    finished = [run for run in made if run.record.exists()]
+    records = [json.loads(run.record.read_text()) for run in finished]
+    (output / "runs.json").write_text(json.dumps(records, indent=1) + "\n")
+    with (output / "scalars.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["arm", "seed", "step", "scalar", "value"])
+        for run in finished:
+            for scalar in experiment.scalars:
+                for step, value in sorted(measured(run, scalar).items()):
+                    writer.writerow([run.arm, run.seed, step, scalar, f"{value:.6g}"])
+
+
+def measured(run: Run, scalar: str) -> dict[int, float]:
+    """Values by the number of rollout batches that were trained on before."""
+    before = [(-1, value) for _, value in logged(run.start, scalar)]
+    # Of a step that was done twice, the last.
+    return {step + 1: value for step, value in [*before, *logged(run.root, scalar)]}
+
+
+def logged(root: Path, scalar: str) -> Iterator[tuple[int, float]]:
+    for folder in runs.versions(root):
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        events.Reload()
+        if scalar in events.Tags()["scalars"]:
+            yield from ((event.step, event.value) for event in events.Scalars(scalar))
+
+
+def read_rows(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return [
+            (r["arm"], int(r["seed"]), int(r["step"]), r["scalar"], float(r["value"]))
+            for r in csv.DictReader(file)
+        ]
+
+
+def plot(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:
+    """A panel per scalar: the mean over seeds as a line, and from the least to the most."""
+    width = 4.6 * len(experiment.panels)
+    figure, axes = plt.subplots(
+        1, len(experiment.panels), figsize=(width, 3.8), layout="constrained", squeeze=False
+    )
+    for axis, (scalar, title) in zip(axes.flat, experiment.panels.items(), strict=True):
+        for number, arm in enumerate(experiment.arms):
+            by_step = values_by_step(rows, arm, scalar)
+            if not by_step:
+                continue
+            steps, values = list(by_step), list(by_step.values())
+            axis.plot(steps, [mean(v) for v in values], color=f"C{number}", label=arm)
+            lowest, highest = [min(v) for v in values], [max(v) for v in values]
+            axis.fill_between(steps, lowest, highest, color=f"C{number}", alpha=0.15)
+        axis.set_title(title)
+        axis.set_xlabel("rollout batch")
+        axis.grid(alpha=0.3)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def values_by_step(rows: Sequence[Row], arm: str, scalar: str) -> dict[int, list[float]]:
+    """What the seeds have measured, by step; steps at which one hasn't are left out."""
+    seeds = {seed for row_arm, seed, *_ in rows if row_arm == arm}
+    found: dict[int, list[float]] = {}
+    for row_arm, _, step, row_scalar, value in sorted(rows, key=lambda row: row[2]):
+        if (row_arm, row_scalar) == (arm, scalar):
+            found.setdefault(step, []).append(value)
+    return {step: values for step, values in found.items() if len(values) == len(seeds)}
+
+
+def table(experiment: Experiment, rows: Sequence[Row]) -> str:
+    """The last values as Markdown: the mean over seeds, and every seed's."""
+    lines = ["| | seeds | " + " | ".join(experiment.table.values()) + " |"]
+    lines.append("|---|---|" + "---|" * len(experiment.table))
+    for arm in experiment.arms:
+        seeds = len({seed for row_arm, seed, *_ in rows if row_arm == arm})
+        cells = []
+        for scalar in experiment.table:
+            by_step = values_by_step(rows, arm, scalar)
+            last = by_step[max(by_step)] if by_step else []
+            each = ", ".join(f"{value:.2f}" for value in last)
+            cells.append(f"{mean(last):.2f} ({each})" if last else "")
+        lines.append(f"| {arm} | {seeds} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
