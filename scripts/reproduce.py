@@ -9,6 +9,7 @@ Reads ``configs/experiments/NAME.yaml``, runs every arm with every seed, and wri
     table.md       likewise
 
 Runs that are finished are not made again, and one that was stopped goes on: they lie in --runs.
+With ``--add`` those that ``docs/results/NAME`` lists aren't made again either.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Self
 
 import matplotlib
 import yaml
@@ -73,6 +74,7 @@ class Run:
 
     arm: str
     seed: int
+    digest: str
     root: Path
     arguments: tuple[str, ...]
 
@@ -87,12 +89,47 @@ class Run:
         return self.root / "start"
 
 
+@dataclass(frozen=True)
+class Results:
+    """What a folder of docs/results has: a record of every run, and all their values."""
+
+    records: list[dict[str, Any]]
+    rows: list[Row]
+
+    @property
+    def digests(self) -> set[str]:
+        """Of the runs."""
+        return {record["digest"] for record in self.records}
+
+    @classmethod
+    def read(cls, folder: Path, wanted: Sequence[Run]) -> Self:
+        """Those of the wanted runs that are there; of another configuration none is."""
+        if not folder.exists():
+            return cls([], [])
+        digests = {run.digest for run in wanted}
+        records = json.loads((folder / "runs.json").read_text())
+        records = [record for record in records if record["digest"] in digests]
+        runs = {(record["arm"], record["seed"]) for record in records}
+        rows = [row for row in read_rows(folder / "scalars.csv") if row[:2] in runs]
+        return cls(records, rows)
+
+    def write(self, folder: Path) -> None:
+        """Replace what is there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "runs.json").write_text(json.dumps(self.records, indent=1) + "\n")
+        with (folder / "scalars.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["arm", "seed", "step", "scalar", "value"])
+            writer.writerows([*row[:-1], f"{row[-1]:.6g}"] for row in self.rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="of a file in configs/experiments")
     parser.add_argument("--data", help="data.source instead of the configuration's")
     parser.add_argument("--runs", type=Path, default=Path("build/reproduce"))
     parser.add_argument("--at_once", type=int, default=1, help="runs that share the cores")
+    parser.add_argument("--add", action="store_true", help="leave out what was made elsewhere")
     parser.add_argument("--plot", action="store_true", help="draw what is there, run nothing")
     arguments = parser.parse_args()
 
@@ -101,12 +138,13 @@ def main() -> None:
     output = Path("docs/results") / arguments.name
     if not arguments.plot:
         more = [f"--data.source={arguments.data}"] if arguments.data else []
-        todo = list(all_runs(experiment, arguments.runs / arguments.name, more))
+        wanted = list(all_runs(experiment, arguments.runs / arguments.name, more))
+        earlier = Results.read(output, wanted) if arguments.add else Results([], [])
+        todo = [run for run in wanted if run.digest not in earlier.digests]
         with ThreadPoolExecutor(arguments.at_once) as pool:
             for run in pool.map(lambda run: make(run, arguments.at_once), todo):
                 print(f"{run.arm}, seed {run.seed}: finished", flush=True)
-                output.mkdir(parents=True, exist_ok=True)
-                gather(experiment, todo, output)
+                gather(experiment, todo, earlier).write(output)
     rows = read_rows(output / "scalars.csv")
     plot(experiment, rows, output / "curves.png")
     (output / "table.md").write_text(table(experiment, rows))
@@ -122,7 +160,8 @@ def all_runs(experiment: Experiment, root: Path, more: Sequence[str]) -> Iterato
             flags += [*more, f"--seed_everything={seed}"]
             digest = sha256("\n".join([shared, *flags]).encode()).hexdigest()[:8]
             name = re.sub("[^a-z0-9]+", "-", arm.lower()).strip("-")
-            yield Run(arm, seed, root / f"{name}.seed={seed}.{digest}", tuple(flags))
+            folder = root / f"{name}.seed={seed}.{digest}"
+            yield Run(arm, seed, digest, folder, tuple(flags))
 
 
 def make(run: Run, at_once: int) -> Run:
@@ -140,6 +179,7 @@ def make(run: Run, at_once: int) -> Run:
     record = {
         "arm": run.arm,
         "seed": run.seed,
+        "digest": run.digest,
         "command": shlex.join(["thinktuning", "fit", *run.arguments]),
         "minutes": round(sum(measured(run, "seconds/step").values()) / 60, 1),
         "runs_at_once": at_once,
@@ -166,18 +206,17 @@ def thinktuning(verb: str, flags: Sequence[str], root: Path, at_once: int) -> No
         raise RuntimeError(f"thinktuning {verb} ended with {done.returncode}: see {log.name}")
 
 
-def gather(experiment: Experiment, made: Sequence[Run], output: Path) -> None:
-    """Write what the finished runs have measured."""
+def gather(experiment: Experiment, made: Sequence[Run], earlier: Results) -> Results:
+    """What the finished runs have measured, behind earlier ones."""
     finished = [run for run in made if run.record.exists()]
     records = [json.loads(run.record.read_text()) for run in finished]
-    (output / "runs.json").write_text(json.dumps(records, indent=1) + "\n")
-    with (output / "scalars.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["arm", "seed", "step", "scalar", "value"])
-        for run in finished:
-            for scalar in experiment.scalars:
-                for step, value in sorted(measured(run, scalar).items()):
-                    writer.writerow([run.arm, run.seed, step, scalar, f"{value:.6g}"])
+    rows = [
+        (run.arm, run.seed, step, scalar, value)
+        for run in finished
+        for scalar in experiment.scalars
+        for step, value in sorted(measured(run, scalar).items())
+    ]
+    return Results([*earlier.records, *records], [*earlier.rows, *rows])
 
 
 def measured(run: Run, scalar: str) -> dict[int, float]:

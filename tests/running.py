@@ -116,7 +116,7 @@ class FullDisk(Callback):
 
 
 class NamesTaken(Callback):
-    """At step 3 nothing can be written beside the checkpoint, at step 4 nothing get its name.
+    """At step 3 what a killed run left lies in the way, at step 4 nothing can get its name.
 
     What a failed attempt has written is gone when the next step begins.
     """

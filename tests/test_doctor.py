@@ -140,6 +140,14 @@ def test_a_gpu_that_is_not_there(setup, monkeypatch):
     assert machine.devices(setup("--trainer.accelerator=auto")).status is Status.OK
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_cpu_without_bfloat16_is_told(setup, monkeypatch, native):
+    monkeypatch.setattr(machine, "native_bfloat16", lambda device: native)
+    finding = machine.devices(setup("--trainer.precision=bf16-mixed"))
+    assert (finding.status is Status.OK) == native
+    assert machine.devices(setup("--trainer.precision=32-true")).status is Status.OK
+
+
 def test_a_verifier_that_is_too_slow_or_does_not_start(monkeypatch):
     slow = Verifier(seconds=1e-4)
     finding = machine.hang_test(slow)

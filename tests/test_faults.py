@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from thinktuning.callbacks import AuditLog
 from thinktuning.cli import main
 from thinktuning.engines import TransformersEngine
 from thinktuning.errors import FailingRewardError, InputError
+from thinktuning.host_memory import return_freed_memory
 from thinktuning.module import ThinkTuningModule
 from thinktuning.recovery import is_out_of_memory
 from thinktuning.rewards import Response, Reward, RewardGuard
@@ -326,6 +328,18 @@ def test_too_little_memory_halves_micro_batches_once(
     found, expected = (scalars(tmp_path / n / "version_0") for n in ("halved", "small"))
     for name in ("objective/loss", "objective/entropy", "optimizer/grad_norm"):
         assert found[name] == expected[name], "the first try isn't counted"
+
+
+def test_freed_memory_goes_back_to_the_system():
+    held = [torch.ones(2**14) for _ in range(4096)]  # 64 KiB each, all from glibc's heap
+    del held[:-1]  # which can't shrink below the last one by itself
+    before = resident_mib()
+    return_freed_memory()
+    assert before - resident_mib() > 200
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def test_too_little_memory_for_half_as_much_is_told(student, questions, tmp_path, monkeypatch):

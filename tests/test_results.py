@@ -81,7 +81,7 @@ def write_scalars(folder: Path, values: dict[int, float]) -> None:
 
 
 def test_what_a_run_has_measured_is_put_together_from_its_lives(tmp_path):
-    run = reproduce.Run("a", 1, tmp_path, ())
+    run = reproduce.Run("a", 1, "0", tmp_path, ())
     write_scalars(run.start / "version_0", {0: 0.0})
     write_scalars(tmp_path / "version_0", {9: 0.125, 19: 0.25})  # was killed, and did 19 again
     write_scalars(tmp_path / "version_1", {19: 0.5, 29: 1.0})
@@ -99,3 +99,24 @@ def test_another_configuration_is_another_run(tmp_path):
         assert run.root.name.startswith("an-arm.seed=1.")
         folders.add(run.root)
     assert len(folders) == 3
+
+
+def test_what_was_made_elsewhere_is_kept_unless_its_configuration_is_another(tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("a: 1")
+    made = reproduce.Experiment([str(base)], [1, 2], {"a": {}}, {"x": "X"}, {"x": "X"})
+    elsewhere, here = reproduce.all_runs(made, tmp_path / "runs", [])
+    other = reproduce.Run("a", 3, "other", tmp_path / "other", ())
+    for run, value in ((elsewhere, 0.5), (other, 0.75), (here, 1.0)):
+        write_scalars(run.root / "version_0", {9: value})
+        write_scalars(run.start / "version_0", {})
+        run.record.write_text(f'{{"arm": "a", "seed": {run.seed}, "digest": "{run.digest}"}}')
+    folder = tmp_path / "results"
+    assert not reproduce.Results.read(folder, [elsewhere, here]).records, "nothing is there yet"
+    nothing = reproduce.Results([], [])
+    reproduce.gather(made, [elsewhere, other], nothing).write(folder)
+    earlier = reproduce.Results.read(folder, [elsewhere, here])
+    assert earlier.digests == {elsewhere.digest}
+    both = reproduce.gather(made, [here], earlier)
+    assert both.digests == {elsewhere.digest, here.digest}
+    assert both.rows == [("a", 1, 10, "x", 0.5), ("a", 2, 10, "x", 1.0)]

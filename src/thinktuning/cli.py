@@ -37,6 +37,7 @@ from thinktuning.errors import (
 from thinktuning.evaluation import BenchmarkDataModule, EvaluationModule
 from thinktuning.evaluation.compare import compare
 from thinktuning.export import export
+from thinktuning.host_memory import bound_shape_caches
 from thinktuning.module import ThinkTuningModule
 
 _DESCRIPTION = """ThinkTuning: teach a language model behaviors that it never samples.
@@ -108,6 +109,7 @@ def _silence_untrue_warnings() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     _silence_untrue_warnings()
+    bound_shape_caches()
     arguments = sys.argv[1:] if args is None else args
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     functions: dict[str, Callable[..., None]] = {"export": export, "compare": compare}

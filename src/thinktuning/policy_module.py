@@ -28,6 +28,7 @@ from thinktuning.engines import (
     own_weights,
 )
 from thinktuning.errors import InputError, too_small
+from thinktuning.host_memory import return_freed_memory
 from thinktuning.metrics import HELD_OUT, StepMetrics
 from thinktuning.objective import Mean
 from thinktuning.policy import (
@@ -39,6 +40,7 @@ from thinktuning.policy import (
     load_base,
     load_model,
     load_tokenizer,
+    native_bfloat16,
     recompute_activations,
     shard,
     suitable,
@@ -157,6 +159,13 @@ class PolicyModule(LightningModule):
                 f"weights stay in float32, since in fewer bits an update of 1e-6 rounds away, and "
                 f"a scaled loss (16-mixed) doesn't go with clipping here"
             )
+        device = self.trainer.strategy.root_device
+        if precision == "bf16-mixed" and not native_bfloat16(device):
+            log.warning(
+                "this %s has no instructions for bfloat16: steps will take many times as long as "
+                "with trainer.precision 32-true",
+                device.type.upper(),
+            )
         if not isinstance(self.trainer.strategy, FSDP2Strategy) or self.lora is None:
             return
         if self.lora.base == "bfloat16" and precision == "32-true":
@@ -247,6 +256,10 @@ class PolicyModule(LightningModule):
             )
         begin_new_epoch(self.trainer)
         self._available_flops = get_available_flops(self.device, self._compute_dtype)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the host's memory flat over the steps."""
+        return_freed_memory()
 
     def _fitting(self) -> bool:
         return self.trainer.state.fn == "fit"

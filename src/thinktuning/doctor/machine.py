@@ -20,6 +20,7 @@ from thinktuning.plan import Plan
 from thinktuning.plan.job import GIB, Job
 from thinktuning.plan.memory import ROLLOUT
 from thinktuning.plan.tracing import WEIGHTS, measure_optimizer
+from thinktuning.policy import native_bfloat16
 from thinktuning.rewards.verifier import Verifier
 from thinktuning.types import Outcome
 
@@ -69,14 +70,14 @@ def version_faults(wanted: Sequence[str]) -> list[str]:
 
 def devices(setup: Setup) -> Finding:
     """What trains is there."""
-    gpus = chosen_gpus(setup.config.trainer)
-    if not gpus:
-        return ok(f"CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} of them")
-    names = ", ".join(f"{i}: {torch.cuda.get_device_name(i)}" for i in gpus)
-    if str(setup.config.trainer.precision).startswith("bf16") and not torch.cuda.is_bf16_supported(
-        including_emulation=False
-    ):
-        return warning(f"{names}; without bfloat16", "--trainer.precision 32-true")
+    if gpus := chosen_gpus(setup.config.trainer):
+        names = ", ".join(f"{i}: {torch.cuda.get_device_name(i)}" for i in gpus)
+    else:
+        threads = torch.get_num_threads()
+        names = f"CPU: {os.cpu_count()} cores, torch uses {threads} of them"
+    device = torch.device("cuda" if gpus else "cpu")
+    if str(setup.config.trainer.precision).startswith("bf16") and not native_bfloat16(device):
+        return warning(f"{names}; without bfloat16: very slow", "--trainer.precision 32-true")
     return ok(names)
 
 

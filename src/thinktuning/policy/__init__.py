@@ -26,7 +26,7 @@ from thinktuning.policy.parallel import (
     shard,
     transformer_blocks,
 )
-from thinktuning.policy.precision import packed_linears, rounded_weights
+from thinktuning.policy.precision import native_bfloat16, packed_linears, rounded_weights
 from thinktuning.policy.prompts import Message, completion_text, render_prompt
 from thinktuning.policy.weights import base_of, is_frozen, is_transposed, named_weights, whole
 
@@ -51,6 +51,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "named_weights",
+    "native_bfloat16",
     "packed_linears",
     "possible",
     "read_config",

@@ -69,6 +69,18 @@ class _Deliver(torch.autograd.Function):
         return None, *gradients
 
 
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bfloat16.
+
+    A CPU without instructions for it computes all the same, a hundred times slower than in float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return True
+
+
 @contextmanager
 def rounded_weights(model: nn.Module) -> Iterator[GradientSums]:
     """Hold the model's weights in autocast's precision, and turn autocast off; without autocast,
@@ -131,5 +143,5 @@ def _packs(weight: Tensor) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return native_bfloat16(weight.device)
     return weight.dtype == torch.float32
