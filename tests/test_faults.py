@@ -369,6 +369,15 @@ def test_too_little_memory_elsewhere_is_told(
     assert "Tried to allocate 2 GiB" in said and "thinktuning plan" in said
 
 
+def test_too_little_memory_in_validation_is_told(student, questions, tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise TOO_LITTLE
+
+    monkeypatch.setattr(TransformersEngine, "sample", fails)
+    said = ended(["validate", *fit_arguments(student(), questions, tmp_path)[1:]])
+    assert "the stage validation is out of memory" in said and "thinktuning plan" in said
+
+
 # ---------------------------------------------------------------------- disk
 
 

@@ -273,3 +273,13 @@ def test_configurations_of_every_start_are_kept(student, questions, tmp_path):
     main(fit_arguments(student(), questions, tmp_path))
     assert (tmp_path / "version_1" / "checkpoints" / "last.ckpt").exists()
     assert json.loads((Path(student()) / "config.json").read_text())
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_device_that_is_slow_in_bfloat16_is_told(
+    student, questions, tmp_path, monkeypatch, caplog, native
+):
+    monkeypatch.setattr(policy_module, "native_bfloat16", lambda device: native)
+    more = ("--trainer.precision=bf16-mixed", "--trainer.max_steps=1", "--data.val_size=0")
+    main(fit_arguments(student(), questions, tmp_path, *more))
+    assert caplog.text.count("no instructions for bfloat16") == (not native)

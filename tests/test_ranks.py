@@ -14,7 +14,7 @@ def fit(student, questions, root: Path, *more: str) -> None:
     arguments = fit_arguments(
         student, questions, root, "--model.num_mini_batches=2", "--data.val_size=0", *more
     )
-    done = run([sys.executable, "-m", "thinktuning.cli", *arguments], timeout=180)
+    done = run([sys.executable, "-m", "thinktuning.cli", *arguments])
     assert done.returncode == 0, done.stderr[-3000:]
 
 

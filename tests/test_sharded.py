@@ -107,7 +107,7 @@ class Launch:
         """Run what waits, on this many processes."""
         ranks = f"--trainer.devices={number}"
         runs = [[*arguments, ranks] for arguments in self.waiting]
-        run_on_ranks(number, runs, self.root, timeout=400)
+        run_on_ranks(number, runs, self.root)
         self.waiting = []
 
     def saved(self, name: str, kind: str) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_a_second_signal_ends_it_at_once(student, questions, tmp_path):
         assert "SIGTERM" in line_with(process, "again to stop at once")
         assert process.poll() is None, "the first one waits for the end of the step"
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == -signal.SIGINT
+        assert process.wait(timeout=60) == -signal.SIGINT
     finally:
         process.kill()
         process.communicate()
@@ -94,9 +94,9 @@ def test_a_second_signal_ends_it_at_once(student, questions, tmp_path):
 
 def test_where_a_rank_dies_the_other_ends(student, questions, tmp_path):
     with two_ranks(command(student(), questions, tmp_path), dies="rollout:2") as ranks:
-        ranks[1].communicate(timeout=120)
+        ranks[1].communicate(timeout=300)
         assert ranks[1].returncode == -signal.SIGKILL
-        _, said = ranks[0].communicate(timeout=60)
+        _, said = ranks[0].communicate(timeout=150)
         assert ranks[0].returncode > 0, said[-3000:]
         assert saved(tmp_path), "what was saved is there"
 
@@ -181,7 +181,7 @@ def test_where_the_disk_is_full_ranks_agree_and_the_last_step_is_an_error(
     program = [sys.executable, "-m", "thinktuning.cli"]
     with two_ranks([*program, *arguments, *full_disk(1, 3, 4)]) as ranks:
         for process in ranks:
-            _, said = process.communicate(timeout=120)
+            _, said = process.communicate(timeout=300)
             assert process.returncode == 1, said[-3000:]
             assert "Traceback" not in said, said[-3000:]
             assert "error: " in said and "step=000004.ckpt" in said

@@ -372,7 +372,8 @@ class PolicyModule(LightningModule):
 
     def _evaluate(self, prompts: Sequence[Prompt], prefix: str) -> tuple[Rollout, ...]:
         params = SamplingParams(self.max_new_tokens, self.stop_ids, temperature=0.0)
-        groups = self._complete(prompts, [[0]] * len(prompts), params)
+        with memory_is_told(self, "validation"):
+            groups = self._complete(prompts, [[0]] * len(prompts), params)
         rollouts = self._judge(
             [
                 self._rollout(prompt, 0, completion)
