@@ -3,6 +3,7 @@
 import os
 import pickle
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from thinktuning.checkpointing import (
 )
 from thinktuning.errors import InputError
 from thinktuning.runs import last_checkpoint
+from thinktuning.trained import check_sound
 
 pytestmark = pytest.mark.faults
 
@@ -175,6 +177,25 @@ def test_a_file_that_is_no_checkpoint_is_refused_with_its_name(tmp_path, content
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"other\.ckpt.* is damaged"):
         AtomicCheckpointIO().load_checkpoint(path)
+
+
+@pytest.mark.parametrize("given", ["new.ckpt", "last.ckpt"])
+def test_only_an_older_checkpoint_is_offered_for_a_damaged_one(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)  # a relative path is the same one
+    old, new, newer = (Path(f"{name}.ckpt") for name in ("old", "new", "newer"))
+    for seconds, path in enumerate((old, new, newer)):
+        AtomicCheckpointIO().save_checkpoint(STATE, path)
+        os.utime(path, (seconds, seconds))
+    Path("last.ckpt").symlink_to(new)
+    check_sound(Path(given))
+    weights = STATE["state_dict"]["policy.weight"].numpy().tobytes()
+    new.write_bytes(new.read_bytes().replace(weights, weights[::-1]))
+    os.utime(new, (1, 1))
+    with pytest.raises(InputError, match=r"is damaged.*\n.*sound: --ckpt_path \S*/old\.ckpt"):
+        check_sound(Path(given))
+    old.unlink()
+    with pytest.raises(InputError, match=r"is damaged.*\n.*no older one"):
+        check_sound(Path(given))
 
 
 # ---------------------------------------------------------------- folders

@@ -203,11 +203,18 @@ tokenizer = cache(tiny.tokenizer)
 
 
 @st.composite
-def rollouts(draw, kind):
+def end_of_turn_ids(draw, kind):
+    """The tokenizer's own and, as Llama 3 has them, up to two others."""
+    text = tokenizer(kind)
+    return (text.eos_token_id, *draw(st.lists(st.integers(0, len(text) - 1), max_size=2)))
+
+
+@st.composite
+def rollouts(draw, kind, stop_ids):
     """A finished rollout of any ids: special tokens, halves of letters, what no text encodes to."""
     text = tokenizer(kind)
-    own = st.integers(0, len(text) - 1).filter(lambda i: i != text.eos_token_id)
-    ids = (*draw(st.lists(own, max_size=20)), text.eos_token_id)
+    own = st.integers(0, len(text) - 1).filter(lambda i: i not in stop_ids)
+    ids = (*draw(st.lists(own, max_size=20)), draw(st.sampled_from(stop_ids)))
     logprobs = st.floats(-50, 0)
     return Rollout(
         prompt=Prompt(4, "3 plus 4?", "7", [5, 6]),
@@ -237,16 +244,17 @@ spoken = unicode_texts | with_one(SPECIAL)
     st.sampled_from(["\n\n", "\n", " ", ""]),
 )
 def test_a_splice_keeps_the_students_ids_and_the_limit(kind, overlong, data, feedback, separator):
-    text, rollout = tokenizer(kind), data.draw(rollouts(kind))
+    text, stop_ids = tokenizer(kind), data.draw(end_of_turn_ids(kind))
+    rollout = data.draw(rollouts(kind, stop_ids))
     own = len(rollout.completion_ids) - 1
     limit = own + data.draw(st.integers(1, 20) | st.just(10 * LONG), label="room")
-    spliced = inject(rollout, feedback, text, (text.eos_token_id,), limit, separator, overlong)
+    spliced = inject(rollout, feedback, text, stop_ids, limit, separator, overlong)
 
     ids, length = spliced.completion_ids, len(spliced.completion_ids)
     assert ids[:own] == rollout.completion_ids[:own]
     assert spliced.logprobs[:own] == rollout.logprobs[:own]
     assert len(spliced.logprobs) == len(spliced.injected_mask) == length <= limit
-    assert ids.count(text.eos_token_id) == spliced.finished == (ids[-1] == text.eos_token_id)
+    assert sum(i in stop_ids for i in ids) == spliced.finished == (ids[-1] in stop_ids)
 
     written = separator + feedback.reason + separator + feedback.phrase
     if any(special in written for special in SPECIAL):

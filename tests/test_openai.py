@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,8 +60,8 @@ def fault(message: str, **more: Any) -> dict[str, Any]:
     return {"error": {"message": message, "type": "a type", **more}}
 
 
-# What a server sends: a status and a body; None: it hangs up.
-Sent = tuple[int, dict[str, Any] | list[Any] | str] | None
+# What a server sends: a status and a body, piece by piece if it is an iterator; None: it hangs up.
+Sent = tuple[int, dict[str, Any] | list[Any] | str | Iterator[str]] | None
 
 
 def echo(body: dict[str, Any]) -> Sent:
@@ -113,6 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         status, content = sent
+        if isinstance(content, Iterator):
+            self._send_in_pieces(status, content)
+            return
         text = content if isinstance(content, str) else json.dumps(content)
         self.send_response(status)
         kind = "text/html" if text.startswith("<") else "application/json"
@@ -121,6 +125,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Retry-After-Ms", "1")  # else the client would pause for half a second
         self.end_headers()
         self.wfile.write(text.encode())
+
+    def _send_in_pieces(self, status: int, pieces: Iterator[str]) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Connection", "close")  # it ends with the body
+        self.end_headers()
+        for piece in pieces:
+            self.wfile.write(piece.encode())
+            self.wfile.flush()
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -330,6 +343,35 @@ def test_a_url_that_is_none_is_refused_at_once(url):
         OpenAIEngine(url, "m")
 
 
+@pytest.mark.parametrize(
+    "host, told",
+    [
+        ("http://teacher.invalid", True),
+        ("http://10.0.0.7:8000", True),
+        ("http://[2001:db8::1]", True),
+        ("http://localhost.invalid", True),
+        ("https://teacher.invalid", False),
+        ("http://LOCALHOST:8000", False),
+        ("http://127.8.0.1", False),
+        ("http://[::1]:8000", False),
+    ],
+)
+def test_a_key_in_clear_text_is_told(engine, monkeypatch, caplog, host, told):
+    monkeypatch.setenv("TEACHERS_KEY", "s3cret")
+    engine(base_url=f"{host}/v1")
+    assert not caplog.messages, "no key, nothing to tell"
+    engine(base_url=f"{host}/v1", api_key_env="TEACHERS_KEY")
+    assert (
+        caplog.messages
+        == [
+            f"the API key goes to {host}/v1 in clear text, where others on the way can read it; "
+            "use https"
+        ]
+        * told
+    )
+    assert "s3cret" not in caplog.text
+
+
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
@@ -483,6 +525,25 @@ def test_a_server_that_is_silent_is_not_waited_for(server, engine, caplog):
     assert "doesn't answer (Request timed out.)" in caplog.text
 
 
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_server_that_trickles_is_not_waited_for(server, engine, caplog, status):
+    tested = threading.Event()
+
+    def blanks() -> Iterator[str]:
+        for _ in range(300):
+            yield " "
+            if tested.wait(0.05):
+                return
+        yield json.dumps(says("a"))
+
+    server.answer = lambda body: (status, blanks())
+    replies = engine(timeout=0.3, max_retries=1).reply([chat("a")], PARAMS)
+    tested.set()
+    assert replies == [UNAVAILABLE]
+    assert len(server.bodies) == 2
+    assert "doesn't answer (Request timed out.)" in caplog.text
+
+
 def test_one_warning_when_it_goes_and_one_when_it_is_back(server, engine, caplog):
     asks = engine(concurrency=4)
     steps = [False, True, True, True, False, False, True, False]
@@ -541,6 +602,32 @@ def test_a_refusal_ends_the_run_in_few_words(server, engine, status, body, said)
     # Another thread may already have asked the next one; nothing is asked a second time.
     texts = [b["messages"][-1]["content"] for b in server.bodies]
     assert sorted(set(texts)) == sorted(texts)
+
+
+def repeats_the_key(status: int) -> Callable[[dict[str, Any]], Sent]:
+    return lambda body: (status, fault("Wrong: Bearer s3cret, and s3cret again"))
+
+
+def test_a_key_that_a_refusal_repeats_is_not_shown(server, engine, monkeypatch):
+    monkeypatch.setenv("TEACHERS_KEY", "s3cret")
+    server.answer = repeats_the_key(401)
+    with pytest.raises(InputError, match=r"Bearer \[the key\], and \[the key\] again") as caught:
+        engine(api_key_env="TEACHERS_KEY").reply([chat("a")], PARAMS)
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_key_that_a_failure_repeats_is_not_shown(server, engine, monkeypatch, caplog):
+    monkeypatch.setenv("TEACHERS_KEY", "s3cret")
+    server.answer = repeats_the_key(500)
+    engine(api_key_env="TEACHERS_KEY").reply([chat("a")], PARAMS)
+    assert "Bearer [the key], and [the key] again" in caplog.text
+    assert "s3cret" not in caplog.text
+
+
+def test_without_a_key_an_answer_is_quoted_as_it_is(server, engine):
+    server.answer = lambda body: (401, fault("none, none at all"))
+    with pytest.raises(InputError, match="none, none at all"):
+        engine().reply([chat("a")], PARAMS)
 
 
 # ---------------------------------------------------------------- the command line

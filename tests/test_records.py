@@ -1,5 +1,6 @@
 """What a run leaves behind: its folder, the account of guided rollouts, samples for people."""
 
+import io
 import json
 import os
 from dataclasses import replace
@@ -7,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from thinktuning.callbacks import AuditLog
 from thinktuning.callbacks.audit import audit_row
 from thinktuning.callbacks.samples import describe, indented
+from thinktuning.report import print_guidance
 from thinktuning.runs import config_path, last_checkpoint, new_run, run_of, versions
 from thinktuning.types import Feedback, Guidance, Outcome, Prompt, Rollout, RolloutBatch
 
@@ -165,17 +168,17 @@ def test_only_selected_rollouts_have_an_account():
         audit_row(0, UNGUIDED)
 
 
-def write_account(folder, *steps, resumed_at=0):
+def write_account(folder, *steps, resumed_at=0, rank=0, ranks=1):
     """Steps as the trainer would run them; each step is its rollouts."""
     trainer = SimpleNamespace(
-        world_size=1, global_rank=0, log_dir=str(folder), global_step=resumed_at
+        world_size=ranks, global_rank=rank, log_dir=str(folder), global_step=resumed_at
     )
     log = AuditLog()
     log.on_train_start(trainer, None)
     for number, rollouts in enumerate(steps, start=resumed_at):
         outputs = {"rollouts": RolloutBatch(number, len(rollouts), tuple(rollouts))}
         log.on_train_batch_end(trainer, None, outputs, None, number)
-    return folder / "audit.jsonl"
+    return folder / (f"audit.rank{rank}.jsonl" if ranks > 1 else "audit.jsonl")
 
 
 def read_account(path):
@@ -220,12 +223,80 @@ def test_every_line_separator_that_a_model_can_write_survives_a_resume(tmp_path,
 
 
 def test_every_rank_has_an_account_of_its_own(tmp_path):
-    trainer = SimpleNamespace(world_size=2, global_rank=1, log_dir=str(tmp_path), global_step=0)
-    log = AuditLog()
-    log.on_train_start(trainer, None)
-    outputs = {"rollouts": RolloutBatch(0, 1, (GUIDED,))}
-    log.on_train_batch_end(trainer, None, outputs, None, 0)
+    write_account(tmp_path, [GUIDED], rank=1, ranks=2)
     assert [p.name for p in tmp_path.iterdir()] == ["audit.rank1.jsonl"]
+
+
+def accounts(folder):
+    """The steps of each account, by the name of its file."""
+    return {p.name: [row["step"] for row in read_account(p)] for p in folder.glob("*.jsonl")}
+
+
+def test_steps_that_other_numbers_of_ranks_do_again_are_written_once(tmp_path):
+    (tmp_path / "audit.copy.jsonl").write_text('{"step": 5}\n')  # a user's own
+    for rank in (1, 0):
+        write_account(tmp_path, [GUIDED], [GUIDED], [GUIDED], rank=rank, ranks=2)
+    with (tmp_path / "audit.rank1.jsonl").open("a") as file:
+        file.write('{"step": 3, "prom')  # a kill
+    write_account(tmp_path, [GUIDED], [GUIDED], resumed_at=1)
+    assert accounts(tmp_path) == {
+        "audit.copy.jsonl": [5],
+        "audit.rank0.jsonl": [0],
+        "audit.rank1.jsonl": [0],
+        "audit.jsonl": [1, 2],
+    }
+    # Rank 1 may be ahead: what it has written by the time that rank 0 cuts stays.
+    for rank in (1, 0):
+        write_account(tmp_path, [GUIDED], rank=rank, ranks=2, resumed_at=2)
+    assert accounts(tmp_path) == {
+        "audit.copy.jsonl": [5],
+        "audit.rank0.jsonl": [0, 2],
+        "audit.rank1.jsonl": [0, 2],
+        "audit.jsonl": [1],
+    }
+
+
+DAMAGED = [
+    b'{"step": 1, "pro',
+    b'"tokens": 4}',
+    b"\0\0\0\0",
+    b'{"step": 1, "student": "\xc3"}',
+    b"7",
+]
+
+
+def damage(path, line):
+    """Put a line in place of the second."""
+    rows = path.read_bytes().split(b"\n")
+    rows[1] = line
+    path.write_bytes(b"\n".join(rows))
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_an_account_is_cut_where_it_is_damaged_and_says_what_is_lost(tmp_path, caplog, line):
+    damage(write_account(tmp_path, [GUIDED], [GUIDED], [GUIDED], [GUIDED], [GUIDED]), line)
+    path = write_account(tmp_path, [GUIDED], resumed_at=4)
+    assert [row["step"] for row in read_account(path)] == [0, 4]
+    assert "row 2 of" in caplog.text and "it and 2 rows of earlier steps behind it" in caplog.text
+
+
+def test_damage_behind_the_step_of_a_checkpoint_loses_nothing(tmp_path, caplog):
+    damage(write_account(tmp_path, [GUIDED], [GUIDED], [GUIDED]), DAMAGED[0])
+    path = write_account(tmp_path, [GUIDED], resumed_at=1)
+    assert [row["step"] for row in read_account(path)] == [0, 1]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_the_end_of_a_run_counts_damaged_rows_apart(tmp_path, line):
+    for rank in (1, 0):
+        damage(write_account(tmp_path, [GUIDED], [GUIDED], [SKIPPED], rank=rank, ranks=2), line)
+    (tmp_path / "audit.copy.jsonl").write_text('{"step": 5}\n')
+    console = Console(file=io.StringIO(), width=1000)
+    print_guidance(tmp_path, console)
+    said = console.file.getvalue()
+    assert "was to read 4 answers; 2 were continued" in said
+    assert f"2 damaged rows of {tmp_path}/audit" in said
 
 
 # --------------------------------------------------------------------- samples

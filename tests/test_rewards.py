@@ -2,15 +2,19 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import wait_until
 
-from thinktuning.errors import InputError
+from thinktuning.errors import FailingRewardError, InputError
 from thinktuning.rewards import (
     MathReward,
     Outcome,
@@ -21,6 +25,9 @@ from thinktuning.rewards import (
     maths,
     score,
     verify_math,
+)
+from thinktuning.rewards import (
+    verifier as verifiers,
 )
 from thinktuning.rewards.verifier import Verifier
 from thinktuning.types import Guidance, Prompt, Rollout, RolloutBatch
@@ -211,6 +218,81 @@ def test_a_worker_that_dies_over_an_answer_costs_that_answer_at_most(verifier):
     assert verifier.compare("7.0", "7") in (Outcome.TIMEOUT, Outcome.CORRECT)
     killer.join()
     assert verifier.compare("7.0", "7") is Outcome.CORRECT
+
+
+@pytest.fixture
+def own_verifier(monkeypatch) -> Iterator[Verifier]:
+    """A verifier whose worker doesn't run yet, and which tries to start it without pauses."""
+    monkeypatch.setattr(verifiers, "_PAUSES", (0.0,) * 4)
+    made = Verifier(seconds=30.0)
+    yield made
+    made.close()
+
+
+# It can't be forked, or ends at once.
+@pytest.mark.faults
+@pytest.mark.parametrize("python", ["/nowhere/python", "/bin/false"])
+def test_a_worker_that_does_not_start_costs_an_answer(own_verifier, monkeypatch, caplog, python):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", python)
+        for number in (1, 2, 3):
+            assert own_verifier.compare("7.0", "7") is Outcome.TIMEOUT
+            assert caplog.text.count("counts as a timeout") == number
+    assert own_verifier.compare("7.0", "7") is Outcome.CORRECT
+    own_verifier.close()
+    monkeypatch.setattr(sys, "executable", python)
+    assert own_verifier.compare("7.0", "7") is Outcome.TIMEOUT, "counted anew"
+
+
+@pytest.mark.faults
+def test_starts_that_fail_in_a_row_end_the_run(own_verifier, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/bin/false")
+        for _ in range(3):
+            assert own_verifier.compare("7.0", "7") is Outcome.TIMEOUT
+        with pytest.raises(FailingRewardError, match=r"did not start.*--ckpt_path last"):
+            own_verifier.compare("7.0", "7")
+        assert own_verifier.compare("7.0", "7") is Outcome.TIMEOUT, "whoever goes on may"
+    assert own_verifier.compare("7.0", "7") is Outcome.CORRECT
+
+
+HANGING = f"""
+from thinktuning.rewards.verifier import Verifier
+
+verifier = Verifier(seconds=10.0)
+verifier.compare("7.0", "7")
+print(verifier._worker.pid, flush=True)
+verifier.compare("{ENDLESS}", "7")
+"""
+
+
+def cpu_ticks(process: int) -> int | None:
+    """What a process has computed, in ticks of 10 ms; None if it has ended."""
+    try:
+        told = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
+    except FileNotFoundError:
+        return None
+    return None if told[0] == "Z" else int(told[11])
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_hangs_ends_though_its_parent_was_killed():
+    parent = subprocess.Popen([sys.executable, "-c", HANGING], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    try:
+        ready = cpu_ticks(worker)
+        wait_until(lambda: cpu_ticks(worker) > ready + 50, "it computes")
+        parent.kill()
+        parent.communicate()
+        killed = cpu_ticks(worker)
+        wait_until(lambda: cpu_ticks(worker) != killed, "it goes on")
+        assert cpu_ticks(worker) is not None, "nobody was there to end it"
+        wait_until(lambda: cpu_ticks(worker) is None, "it ends")
+    finally:
+        parent.kill()
+        if cpu_ticks(worker) is not None:
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_closing_ends_the_worker(verifier):

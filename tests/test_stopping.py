@@ -1,5 +1,6 @@
 """Runs that are told to stop, checkpoints that can't be written, and what a resumed run is told."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,15 +10,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from running import checkpoint, fit_arguments, run, scalars
 from test_resume import command, trace, weights
+from test_resuming import Notes, Toy, fit
 
+from thinktuning.callbacks import RolloutCheckpoint
 from thinktuning.callbacks.resume import changes
 from thinktuning.cli import main
+from thinktuning.errors import InputError
 from thinktuning.runs import checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
@@ -92,6 +98,30 @@ def test_a_second_signal_ends_it_at_once(student, questions, tmp_path):
         process.communicate()
 
 
+RECEIVES = """
+import json, signal, sys
+from thinktuning.callbacks import signals
+signals.StopSignals().listen()
+for number, moment in json.loads(sys.argv[1]):
+    signals.monotonic = lambda: moment
+    signal.raise_signal(number)
+"""
+
+
+@pytest.mark.parametrize(
+    ("received", "ended_by"),
+    [
+        ([(signal.SIGTERM, 9.0), (signal.SIGTERM, 9.01), (signal.SIGTERM, 10.9)], None),
+        ([(signal.SIGINT, 9.0), (signal.SIGINT, 10.0), (signal.SIGINT, 11.1)], signal.SIGINT),
+        ([(signal.SIGTERM, 9.0), (signal.SIGINT, 9.01)], signal.SIGINT),
+    ],
+)
+def test_a_signal_that_comes_several_times_at_once_is_one(received, ended_by):
+    ended = run([sys.executable, "-c", RECEIVES, json.dumps(received)])
+    assert ended.returncode == -(ended_by or 0), ended.stderr[-3000:]
+    assert ended.stderr.count("again to stop at once") == 1
+
+
 def test_where_a_rank_dies_the_other_ends(student, questions, tmp_path):
     with two_ranks(command(student(), questions, tmp_path), dies="rollout:2") as ranks:
         ranks[1].communicate(timeout=300)
@@ -101,7 +131,109 @@ def test_where_a_rank_dies_the_other_ends(student, questions, tmp_path):
         assert saved(tmp_path), "what was saved is there"
 
 
+# ---------------------------------------------------------------- early ends
+
+
+class Ends(Callback):
+    """Ends the run at a step, from one of its hooks."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self.hook, self.step = hook, step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self._end("batch", trainer)
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self._end("validation", trainer)
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        self._end("epoch", trainer)
+
+    def _end(self, hook: str, trainer: Trainer) -> None:
+        if (hook, trainer.global_step) == (self.hook, self.step):
+            trainer.should_stop = True
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("hook", "asked", "settings", "last"),
+    [
+        ("batch", 4, {}, 4),
+        ("batch", 4, {"min_steps": 5}, 5),
+        ("batch", 4, {"min_epochs": 2}, 6),
+        ("validation", 5, {"val_check_interval": 2}, 5),
+        ("validation", 6, {"min_epochs": 2}, 6),
+        ("epoch", 6, {}, 6),
+        ("epoch", 6, {"limit_val_batches": 0}, 6),
+    ],
+)
+def test_the_step_behind_which_a_callback_ends_the_run_is_saved(
+    tmp_path, hook, asked, settings, last
+):
+    notes = Notes()
+    rarely = RolloutCheckpoint(dirpath=tmp_path, every_n_train_steps=100)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        max_epochs=4,
+        callbacks=[rarely, notes, Ends(hook, asked)],
+        **settings,
+    )
+    trainer.fit(Toy())
+    (only,) = checkpoints(tmp_path)
+    assert torch.load(only, weights_only=True)["global_step"] == len(notes.batches) == last
+
+    whole = fit(tmp_path / "whole", max_epochs=4, **settings)
+    resumed = fit(tmp_path / "resumed", only, max_epochs=4, **settings)
+    assert notes.batches + resumed.batches == whole.batches
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("validation", [{}, {"limit_val_batches": 0}, {"val_check_interval": 2}])
+def test_a_checkpoint_behind_an_epoch_gives_the_data_its_position_back(tmp_path, validation):
+    settings = {"every": None, "max_epochs": 4, **validation}  # every epoch, then
+    whole = fit(tmp_path / "whole", **settings)
+    resumed_from = checkpoints(tmp_path / "whole")
+    assert len(resumed_from) >= 4
+    for path in resumed_from:
+        step = torch.load(path, weights_only=True)["global_step"]
+        resumed = fit(tmp_path / path.stem, path, **settings)
+        assert resumed.batches == whole.batches[step:], path
+        assert resumed.steps == whole.steps
+
+
+def test_the_step_behind_which_the_time_is_up_is_saved(student, questions, tmp_path):
+    rarely = ["--checkpoint.every_n_train_steps=100", "--trainer.max_steps=100"]
+    main(fit_arguments(student(), questions, tmp_path, *rarely, "--trainer.max_time=00:00:00:01"))
+    done = len(scalars(tmp_path / "version_0")["objective/loss"])
+    assert 0 < done < 100
+    assert checkpoint(tmp_path)["global_step"] == done
+
+
 # --------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"every_n_train_steps": 0}, "every_n_train_steps=0 and every_n_epochs=None would save"),
+        ({"every_n_epochs": 0}, "every_n_epochs=0 would save nothing"),
+        ({"train_time_interval": timedelta(minutes=30)}, "train_time_interval isn't supported"),
+        ({"save_on_exception": True, "keep": 0}, "keep must be .*; save_on_exception isn't"),
+    ],
+)
+def test_settings_that_would_save_nothing_or_half_a_step_are_refused(settings, told):
+    with pytest.raises(InputError, match=told):
+        RolloutCheckpoint(**settings)
+
+
+def test_checkpoints_by_the_clock_are_refused(student, questions, tmp_path):
+    by_time = "--checkpoint.train_time_interval=0:30:00"
+    with pytest.raises(SystemExit, match=r"checkpoint: train_time_interval isn't supported"):
+        main(fit_arguments(student(), questions, tmp_path, by_time))
 
 
 @pytest.mark.parametrize("damage", ["a bit", "its end", "all of it"])
@@ -122,6 +254,24 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_offered(
     main(fit_arguments(student(), questions, tmp_path, f"--ckpt_path={before}"))
     assert [p.name for p in saved(tmp_path)] == [newest.name, before.name]
     assert checkpoint(tmp_path)["global_step"] == 3
+
+
+def test_a_flipped_bit_is_told_whatever_is_done_with_the_checkpoint(student, questions, tmp_path):
+    main(fit_arguments(student(), questions, tmp_path))
+    newest, before = saved(tmp_path)
+    weight = next(iter(torch.load(newest, weights_only=True)["state_dict"].values()))
+    content = bytearray(newest.read_bytes())
+    content[content.index(weight.numpy().tobytes())] ^= 1
+    newest.write_bytes(content)
+    torch.load(newest, weights_only=True)  # which notices nothing
+    _, *settings = fit_arguments(student(), questions, tmp_path, "--ckpt_path=last")
+    exported = ["export", f"--ckpt_path={newest}", f"--output={tmp_path / 'exported'}"]
+    for command_line in (["validate", *settings], ["test", *settings], exported):
+        with pytest.raises(SystemExit) as exit_:
+            main(command_line)
+        assert "is damaged" in str(exit_.value), command_line
+        assert f"--ckpt_path {before}" in str(exit_.value)
+    assert not (tmp_path / "exported").exists()
 
 
 def test_no_sound_checkpoint_is_told(student, questions, tmp_path):

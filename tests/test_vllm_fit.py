@@ -1,5 +1,7 @@
 """``thinktuning fit`` with the real vLLM as the student's engine and as the teacher."""
 
+import json
+import signal
 import sys
 from pathlib import Path
 
@@ -17,19 +19,29 @@ ENGINE = [
 GUIDANCE = ["--guidance.behaviors=[self_agreement]", "--model.max_new_tokens=160"]
 
 
-def fit(student: Path, questions: Path, root: Path, *more: str) -> None:
+def fit(
+    student: Path, questions: Path, root: Path, *more: str, ends: int = 0, **environment: str
+) -> None:
     arguments = [
         a
         for a in fit_arguments(student, questions, root, *GUIDANCE)
         if not a.startswith("--guidance.teacher")
     ]
-    done = run([sys.executable, "-m", "thinktuning.cli", *arguments, *more])
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run([sys.executable, "-m", "thinktuning.cli", *arguments, *more], **environment)
+    assert done.returncode == ends, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def vllm_student(student) -> Path:
     return student(max_position_embeddings=2048, **SMALL)
+
+
+def planned(root: Path) -> list[tuple]:
+    """What every step was to do, whatever was sampled."""
+    lines = (root / "version_0" / "trace.jsonl").read_text().splitlines()
+    rows = map(json.loads, lines)
+    names = ("guidance/gamma", "optimizer/learning_rate")
+    return [(row["step"], row["prompts"], *(row["metrics"][n] for n in names)) for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -39,8 +51,14 @@ def vllm_student(student) -> Path:
 )
 def test_student_and_teacher_in_one_engine_resumed_once(vllm_student, questions, tmp_path, lora):
     more = [*ENGINE, *lora, "--trainer.callbacks+=tracing.Trace", "--trainer.val_check_interval=2"]
-    fit(vllm_student, questions, tmp_path, *more, "--trainer.max_steps=2")
-    fit(vllm_student, questions, tmp_path, *more, "--trainer.max_steps=4", "--ckpt_path=last")
+    more += ["--model.warmup_steps=3", "--guidance.gamma.kind=linear", "--guidance.gamma.end=0.25"]
+    more += ["--trainer.max_steps=4"]
+    fit(vllm_student, questions, tmp_path, *more, KILL_AT="rollout:2", ends=-signal.SIGKILL)
+    fit(vllm_student, questions, tmp_path, *more, "--ckpt_path=last")
+    if not lora:
+        alone = tmp_path / "alone"
+        fit(vllm_student, questions, alone, *more)
+        assert planned(tmp_path) == planned(alone)
     logged = scalars(tmp_path / "version_0")
     assert len(logged["reward"]) == 4
     assert len(logged["seconds/sync"]) == 4

@@ -7,16 +7,40 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
-from pickle import UnpicklingError
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from pickle import Unpickler, UnpicklingError
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.load import _load_distributed_checkpoint
+import torch.distributed.checkpoint as distributed_checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    DefaultLoadPlanner,
+    FileSystemReader,
+    Metadata,
+)
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.serialization import _get_layout
 
 from thinktuning.errors import InputError, UnsavedError
+
+PARTS = ".metadata"
+"""torch's list of a folder's tensors and other values, with where they are: a pickle."""
 
 META = "meta.pt"
 """What a folder holds beside its tensors; written last."""
@@ -64,14 +88,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         if not Path(path).is_dir():
             return read_file(Path(path), map_location)
-        read_meta(Path(path))  # says so if the folder isn't a checkpoint
-        try:
-            checkpoint = _load_distributed_checkpoint(Path(path))
-        except DAMAGED as error:
-            raise InputError(damaged(Path(path), error)) from error
-        optimizers = [name for name in checkpoint if name.startswith("optimizer_")]
-        states = [by_index(checkpoint.pop(name)) for name in sorted(optimizers)]
-        return {**checkpoint, "optimizer_states": states}
+        return _read_folder(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint; a folder that a kill leaves half deleted isn't taken for one."""
@@ -193,10 +210,116 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def sharded_names(folder: Path) -> list[str]:
-    """Names of the weights in a folder."""
-    metadata = FileSystemReader(folder).read_metadata()
+    """Names of the weights in a folder.
+
+    Raises:
+        InputError: If its list of parts is damaged or names code.
+    """
+    names = _read_parts(folder).state_dict_metadata
     prefix = "state_dict."
-    return [n.removeprefix(prefix) for n in metadata.state_dict_metadata if n.startswith(prefix)]
+    return [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+
+
+def load_shards(state: dict[str, Any], folder: Path) -> None:
+    """Fill a state from a folder, tensors in place; all ranks must do it together.
+
+    Args:
+        state: What is wanted, under the folder's names; every rank has its part of the tensors.
+        folder: Of a checkpoint that any number of ranks wrote.
+
+    Raises:
+        InputError: If the folder's list of parts is damaged or names code.
+        CheckpointException: On all ranks, if one can't read its part.
+    """
+    reader, planner = _FolderReader(folder), _PlainLoadPlanner()
+    distributed_checkpoint.load(state, storage_reader=reader, planner=planner)
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    meta, reader = read_meta(folder), _FolderReader(folder)
+    checkpoint: dict[str, Any] = {}
+    try:
+        # torch's public one fills no state that is empty.
+        _load_state_dict(checkpoint, reader, no_dist=True, planner=_WholeLoadPlanner())
+        optimizers = [name for name in checkpoint if name.startswith("optimizer_")]
+        states = [by_index(checkpoint.pop(name)) for name in sorted(optimizers)]
+    except DAMAGED as error:
+        raise InputError(damaged(folder, error)) from error
+    return {**checkpoint, **meta, "optimizer_states": states}
+
+
+class _FolderReader(FileSystemReader):
+    """torch's, but for the list of parts: torch calls whatever that pickle names."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._parts = _read_parts(folder)
+
+    # Without torch's `rank`, by which it would look for a list of this rank's own.
+    def read_metadata(self) -> Metadata:
+        return self._parts
+
+
+class _PlainLoadPlanner(DefaultLoadPlanner):
+    """torch's, but values that aren't tensors are plain as well: torch lets them be code."""
+
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        try:
+            plain = torch.load(value, weights_only=True)
+        except UnpicklingError as error:  # which advises to trust the file
+            raise UnpicklingError(f"its value {name} isn't plain data") from error
+        set_element(self.original_state_dict, self.mappings[name], plain)
+
+
+class _WholeLoadPlanner(_PlainLoadPlanner, _EmptyStateDictLoadPlanner):
+    """The same for all that a folder has."""
+
+
+def _read_parts(folder: Path) -> Metadata:
+    try:
+        with (folder / PARTS).open("rb") as file:
+            parts = _PartsUnpickler(file).load()
+        if not isinstance(getattr(parts, "state_dict_metadata", None), dict):
+            raise UnpicklingError(f"its {PARTS} isn't a list of its parts")
+    except (*DAMAGED, AttributeError, ArithmeticError, MemoryError) as error:
+        raise InputError(damaged(folder, error)) from error
+    return parts
+
+
+class _PartsUnpickler(Unpickler):
+    """Knows no names but those that torch writes into a list of parts."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _WRITTEN:
+            raise UnpicklingError(f"its {PARTS} names {module}.{name}, which may be code")
+        return _WRITTEN[module, name]
+
+
+def _encoding(_: type, name: str) -> _MEM_FORMAT_ENCODING:
+    return _MEM_FORMAT_ENCODING[name]
+
+
+_KINDS = (
+    Metadata,
+    TensorStorageMetadata,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    TensorProperties,
+    MetadataIndex,
+    StorageMeta,
+    _StorageInfo,
+    _MEM_FORMAT_ENCODING,
+    torch.Size,
+    _get_layout,
+)
+_WRITTEN: dict[tuple[str, str], Any] = {
+    **{(kind.__module__, kind.__name__): kind for kind in _KINDS},
+    **{("torch", name): each for name, each in vars(torch).items() if type(each) is torch.dtype},
+    ("pathlib", "PosixPath"): PurePosixPath,  # where it was written
+    ("pathlib._local", "PosixPath"): PurePosixPath,  # by Python 3.13
+    ("builtins", "getattr"): _encoding,  # some Pythons get a member of an enumeration by its name
+}
 
 
 def by_index(state: dict[str, Any]) -> dict[str, Any]:
@@ -240,8 +363,16 @@ def damaged(path: Path, error: BaseException) -> str:
     """Why a checkpoint can't be read."""
     return (
         f"the checkpoint {str(path)!r} is damaged, was not written by `thinktuning fit`, or has "
-        f"the state of another optimizer: {_in_one_line(error)}"
+        f"the state of another optimizer: {_in_one_line(cause(error))}"
     )
+
+
+def cause(error: BaseException) -> BaseException:
+    """What went wrong on the first rank where something did; torch tells of all at length."""
+    if isinstance(error, CheckpointException):
+        first, _ = next(iter(error.failures.values()))
+        return first
+    return error
 
 
 def _in_one_line(error: BaseException) -> str:

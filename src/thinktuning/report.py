@@ -1,6 +1,5 @@
 """What a run says when it ends."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -12,16 +11,20 @@ from rich.panel import Panel
 from rich.text import Text
 
 from thinktuning import runs
+from thinktuning.callbacks.audit import audit_files, parsed
 
 
 def print_guidance(run: Path, console: Console) -> None:
     """Print what the teacher did, and a guided rollout."""
-    rows = _audit_rows(run)
+    found = [parsed(line) for line in _audit_lines(run)]
+    rows = [row for row in found if row is not None]
     guided = [row for row in rows if row["after"] is not None]
     console.print(
         f"The teacher was to read {len(rows)} answers; {len(guided)} were continued with its "
         f"feedback."
     )
+    if damaged := len(found) - len(rows):
+        console.print(f"{damaged} damaged rows of {run}/audit*.jsonl aren't counted.")
     if guided:
         console.print(Panel(_sample(_most_telling(guided)), title="a guided rollout"))
     elif rows:
@@ -48,13 +51,10 @@ def print_next_steps(trainer: Trainer, run: Path, console: Console) -> None:
         console.print(f"{what + ':':8}{shlex.join(map(str, line))}", soft_wrap=True, markup=False)
 
 
-def _audit_rows(run: Path) -> list[dict[str, Any]]:
-    rows = []
-    for path in sorted(run.glob("audit*.jsonl")):
-        # Not splitlines, which also ends a line at separators that answers may have.
-        lines = path.read_text(encoding="utf-8").split("\n")
-        rows += [json.loads(line) for line in lines if line]
-    return rows
+def _audit_lines(run: Path) -> list[bytes]:
+    # Not splitlines, which also ends a line at separators that answers may have.
+    lines = (line for path in audit_files(run) for line in path.read_bytes().split(b"\n"))
+    return [line for line in lines if line]
 
 
 def _most_telling(guided: list[dict[str, Any]]) -> dict[str, Any]:

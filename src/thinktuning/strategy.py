@@ -29,12 +29,15 @@ from thinktuning.checkpointing import (
     CHECKSUMS,
     DAMAGED,
     META,
+    PARTS,
     SIZES,
     by_index,
     by_name,
+    cause,
     checksum,
     damaged,
     file_sizes,
+    load_shards,
     put,
     read_file,
     read_meta,
@@ -138,17 +141,17 @@ class FSDP2Strategy(ModelParallelStrategy):
             self._together(lambda: self._finish(checkpoint | {CHECKSUMS: checksums}, path))
         except (OSError, CheckpointException) as error:
             self._discard(unfinished)
-            cause = _cause(error)
+            first = cause(error)
             # torch's writers have RuntimeErrors of their own for a full disk.
-            if isinstance(error, UnsavedError) or not isinstance(cause, OSError | RuntimeError):
+            if isinstance(error, UnsavedError) or not isinstance(first, OSError | RuntimeError):
                 raise
-            raise UnsavedError(unsaved(path, cause)) from error
+            raise UnsavedError(unsaved(path, first)) from error
 
     def _checksums(self, folder: Path) -> dict[str, int]:
         """Those of the files that this rank has written, the cheapest for it to read back."""
         mine = list(folder.glob(f"__{self.global_rank}_*"))
         if self.is_global_zero:
-            mine.append(folder / ".metadata")
+            mine.append(folder / PARTS)
         return {file.name: checksum(file) for file in mine}
 
     def _finish(self, meta: dict[str, Any], path: Path) -> None:
@@ -197,10 +200,10 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def _read_shards(self, path: Path) -> None:
         weights = {"state_dict": self._module.state_dict()}
-        distributed_checkpoint.load(weights, checkpoint_id=path)  # in place
+        load_shards(weights, path)
         for i, optimizer in enumerate(self.optimizers):
             state = {f"optimizer_{i}": get_optimizer_state_dict(self._module, optimizer)}
-            distributed_checkpoint.load(state, checkpoint_id=path)
+            load_shards(state, path)
             set_optimizer_state_dict(
                 self._module, optimizer, optim_state_dict=state[f"optimizer_{i}"]
             )
@@ -235,14 +238,6 @@ class FSDP2Strategy(ModelParallelStrategy):
 def _unfinished(path: Path) -> Path:
     """Where a folder is written before it gets its name."""
     return path.with_name(path.name + ".tmp")
-
-
-def _cause(error: OSError | CheckpointException) -> BaseException:
-    """What went wrong on the first rank where something did; torch tells of all at length."""
-    if isinstance(error, CheckpointException):
-        cause, _ = next(iter(error.failures.values()))
-        return cause
-    return error
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description=FSDP2Strategy.__doc__ or "")

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinktuning.checkpointing import AtomicCheckpointIO, read_file, read_meta
+from thinktuning import runs
+from thinktuning.checkpointing import AtomicCheckpointIO, fault, read_file, read_meta
 from thinktuning.errors import InputError
 from thinktuning.policy import (
     GROUPED,
@@ -71,6 +72,24 @@ def read_training(path: Path) -> Training:
     return Training(checkpoint["pretrained"], checkpoint["global_step"], lora)
 
 
+def check_sound(path: Path) -> None:
+    """Read every byte of a checkpoint, a file or a folder; torch would load flipped bits.
+
+    Raises:
+        InputError: If it is damaged; the message has the newest older one that is sound.
+    """
+    found = fault(path)
+    if found is None:
+        return
+    given = path.resolve()
+    others = runs.checkpoints(given.parent)
+    older = others[others.index(given) + 1 :] if given in others else others
+    sound = next((other for other in older if fault(other) is None), None)
+    if sound is None:
+        raise InputError(f"{found}\nThere is no older one in {path.parent} that is sound.")
+    raise InputError(f"{found}\nThe one before it is sound: --ckpt_path {sound}")
+
+
 def load_trained(
     path: Path,
     base: str | None = None,
@@ -88,9 +107,11 @@ def load_trained(
         attention: Transformers' ``attn_implementation``.
 
     Raises:
-        InputError: If the checkpoint isn't there, isn't ours, or doesn't fit its base model.
+        InputError: If the checkpoint isn't there, isn't ours, is damaged, or doesn't fit its base
+            model.
     """
     training = read_training(path)
+    check_sound(path)
     lora = training.lora
     checkpoint = AtomicCheckpointIO().load_checkpoint(path)
     trained = {

@@ -12,11 +12,10 @@ import jsonargparse
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 
-from thinktuning import checkpointing, runs
+from thinktuning import runs
 from thinktuning.callbacks import (
     AuditLog,
     BehaviorInjection,
@@ -30,10 +29,11 @@ from thinktuning.engines import Engine, TransformersEngine
 from thinktuning.errors import InputError
 from thinktuning.evaluation import EvaluationModule
 from thinktuning.evaluation.display import print_results
+from thinktuning.logger import RunLogger
 from thinktuning.plan import PlanOptions, make_plan, print_plan, read_job
 from thinktuning.report import print_guidance, print_next_steps
 from thinktuning.strategy import check_strategy
-from thinktuning.trained import read_training
+from thinktuning.trained import check_sound, read_training
 
 Method = Literal["thinktuning", "sft", "star", "evaluation"]
 
@@ -109,7 +109,7 @@ class MethodCLI(LightningCLI):
     def _logging_into(self, run: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The trainer's arguments, with a logger that writes into a run's folder."""
         if self._get(self.config_init, "trainer")["logger"] in (None, True):
-            return kwargs | {"logger": TensorBoardLogger(run.parent, name="", version=run.name)}
+            return kwargs | {"logger": RunLogger(run)}
         return kwargs
 
 
@@ -196,8 +196,7 @@ class TrainingCLI(MethodCLI):
                 f"there is no checkpoint {wanted!r}; expected a file, a folder or 'last'"
             )
         else:
-            if self.subcommand == "fit":
-                _check_sound(found)
+            rank_zero_only(check_sound)(found)
             read_training(found)  # before Lightning, which would fail less clearly
         return found
 
@@ -338,21 +337,6 @@ def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in tree.items():
         yield from _flat(value, f"{path}.{key}" if path else str(key))
-
-
-@rank_zero_only
-def _check_sound(checkpoint: Path) -> None:
-    """Refuse a damaged checkpoint, and offer the newest older one that is sound."""
-    fault = checkpointing.fault(checkpoint)
-    if fault is None:
-        return
-    found = runs.checkpoints(checkpoint.parent)
-    newest = checkpoint.resolve()
-    older = found[found.index(newest) + 1 :] if newest in found else found
-    sound = next((other for other in older if checkpointing.fault(other) is None), None)
-    if sound is None:
-        raise InputError(f"{fault}\nThere is no older one in {checkpoint.parent} that is sound.")
-    raise InputError(f"{fault}\nThe one before it is sound: --ckpt_path {sound}")
 
 
 def _check_writable(root: Path) -> None:

@@ -2,12 +2,15 @@
 
 import json
 import logging
+import math
+import os
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from thinktuning.lossy_file import LossyFile
 from thinktuning.rewards import last_boxed
 from thinktuning.types import Rollout, RolloutBatch
 
@@ -23,9 +26,7 @@ class AuditLog(Callback):
 
     def __init__(self) -> None:
         self.folder: Path | None = None  # the run's; set by the command line
-        self._path: Path | None = None
-        self._bytes = 0  # of whole rows; what is behind them is cut off before the next
-        self._lost = 0
+        self._file: LossyFile | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Agree on rank 0's folder: others may have looked for a free one after it was made."""
@@ -33,12 +34,17 @@ class AuditLog(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the file; rows of steps that a resumed run does again are taken out."""
-        rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"audit{rank}.jsonl"
-        self._bytes = _bytes_before(trainer.global_step, self._path)
-        self._append([])
+        present = [_name(rank, trainer.world_size) for rank in range(trainer.world_size)]
+        path = folder / present[trainer.global_rank]
+        self._file = LossyFile(path, of="rows", length=_bytes_before(trainer.global_step, path))
+        self._file.append([])
+        if trainer.global_rank == 0:
+            # Not those of the ranks that are there: they may have begun to write.
+            for other in audit_files(folder):
+                if other.name not in present:
+                    os.truncate(other, _bytes_before(trainer.global_step, other))
 
     def on_train_batch_end(
         self,
@@ -51,7 +57,8 @@ class AuditLog(Callback):
         """Append the rows of this step."""
         rollouts: RolloutBatch = outputs["rollouts"]
         rows = [audit_row(rollouts.step, r) for r in rollouts.rollouts if r.guidance is not None]
-        self._append(rows)
+        assert self._file is not None, "on_train_start must come first"
+        self._file.append([f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in rows])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how much is missing."""
@@ -64,23 +71,22 @@ class AuditLog(Callback):
         self._tell_lost()
 
     def _tell_lost(self) -> None:
-        if self._lost:
-            self._append([])  # the end may be half a row
-            log.warning("%s lacks %d rows that couldn't be written", self._path, self._lost)
+        if self._file is not None:
+            self._file.tell_lost()
 
-    def _append(self, rows: list[dict[str, Any]]) -> None:
-        assert self._path is not None, "on_train_start must come first"
-        added = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        try:
-            with self._path.open("ab") as file:
-                file.truncate(self._bytes)
-                file.write(added)
-        except OSError as error:
-            if rows and not self._lost:
-                log.warning("rows of %s are lost (%s); training goes on", self._path, error)
-            self._lost += len(rows)
-        else:
-            self._bytes += len(added)
+
+def audit_files(run: Path) -> list[Path]:
+    """The files of all ranks that a run has had."""
+    return sorted([*run.glob("audit.jsonl"), *run.glob("audit.rank*.jsonl")])
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """A row as ``audit_row`` made it; None if the line is damaged."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def audit_row(step: int, rollout: Rollout) -> dict[str, Any]:
@@ -115,10 +121,31 @@ def _judged(rollout: Rollout) -> dict[str, Any]:
     }
 
 
+def _name(rank: int, ranks: int) -> str:
+    return f"audit.rank{rank}.jsonl" if ranks > 1 else "audit.jsonl"
+
+
 def _bytes_before(step: int, path: Path) -> int:
-    """Length of the whole rows of earlier steps; a killed run may have left half a row behind."""
+    """Length of the whole rows of earlier steps up to the first that is damaged.
+
+    A killed run may have left half a row behind.
+    """
     if not path.exists():
         return 0
     whole = path.read_bytes().split(b"\n")[:-1]
-    kept = takewhile(lambda row: json.loads(row)["step"] < step, whole)
+    kept = list(takewhile(lambda row: _step(row) < step, whole))
+    lost = sum(_step(row) < step for row in whole[len(kept) :])
+    if lost:
+        log.warning(
+            "row %d of %s is damaged: it and %d rows of earlier steps behind it are cut off",
+            len(kept) + 1,
+            path,
+            lost,
+        )
     return sum(len(row) + 1 for row in kept)
+
+
+def _step(line: bytes) -> float:
+    """A row's step; that of a damaged one is later than all others."""
+    row = parsed(line)
+    return math.inf if row is None else row["step"]

@@ -1,6 +1,8 @@
 """Checkpoints at rollout steps, the last one included, and wherever a signal ends the run."""
 
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,23 @@ log = logging.getLogger(__name__)
 class RolloutCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint that doesn't lose the steps after the last interval.
 
-    The first SIGTERM or SIGINT ends the run behind its step, with a checkpoint; the second at once.
+    The first SIGTERM or SIGINT ends the run behind its step, with a checkpoint; a later one at
+    once. Where ``trainer.should_stop`` ends it (Timer, EarlyStopping), that step is saved as well.
     Where a checkpoint can't be written training goes on, what is there stays, and the next interval
     tries again.
 
     Args:
         keep: Newest checkpoints that stay, >= 1, where no metric is monitored and save_top_k is 1.
             An older one goes only when a newer one is whole.
-        kwargs: Those of ``ModelCheckpoint``.
+        kwargs: Those of ``ModelCheckpoint``, but for ``train_time_interval`` and
+            ``save_on_exception``.
+
+    Raises:
+        InputError: If a setting isn't supported, or nothing would be saved before the last step.
     """
 
     def __init__(self, keep: int = 2, **kwargs: Any) -> None:
-        if faults := too_small(("keep", keep, 1)):
+        if faults := [*too_small(("keep", keep, 1)), *_unsupported(kwargs)]:
             raise InputError("checkpoint: " + "; ".join(faults))
         super().__init__(**kwargs)
         self.keep = keep
@@ -60,13 +67,13 @@ class RolloutCheckpoint(ModelCheckpoint):
         self._unranked |= self._defer_save_until_validation
         self._defer_save_until_validation = False
         last_of_epochs = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
-        last = last_of_epochs or trainer.global_step == trainer.max_steps
-        if not last:
-            self._stopping = self._signals.on_any_rank(trainer.strategy)
-        if last or self._stopping is not None:
+        last_of_steps = trainer.global_step == trainer.max_steps
+        if last_of_epochs or last_of_steps or _stops_early(trainer):
+            self._save_last_step(trainer)
+            return
+        self._stopping = self._signals.on_any_rank(trainer.strategy)
+        if self._stopping is not None:
             self._save_now(trainer)
-        if last and self._unsaved is not None:
-            raise self._unsaved
 
     # Not where the signal was seen: what others log behind a batch would be lost, and so would the
     # validation that is due behind it, which a resumed run takes for done.
@@ -95,6 +102,21 @@ class RolloutCheckpoint(ModelCheckpoint):
             self._stopping = self._signals.on_any_rank(trainer.strategy)
             if self._stopping is not None:
                 self._save_now(trainer)
+            if _stops_early(trainer):
+                self._save_last_step(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save at every interval of epochs, and where a callback has ended the run."""
+        with _behind_last_batch(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+            if _stops_early(trainer):
+                self._save_last_step(trainer)
+
+    def _save_last_step(self, trainer: Trainer) -> None:
+        """Save this step, behind which the run ends; that it can't be saved is an error."""
+        self._save_now(trainer)
+        if self._unsaved is not None:
+            raise self._unsaved
 
     def _save_now(self, trainer: Trainer) -> None:
         """Save this step whatever is kept: Lightning may find it not good enough."""
@@ -175,3 +197,50 @@ class RolloutCheckpoint(ModelCheckpoint):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave signals to whom they belonged."""
         self._signals.leave()
+
+
+def _unsupported(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Faults of settings that Lightning takes, and that would save nothing or half a step."""
+    steps, epochs = settings.get("every_n_train_steps"), settings.get("every_n_epochs")
+    if settings.get("train_time_interval") is not None:
+        # ModelCheckpoint forgets it where a module steps its optimizer itself.
+        yield "train_time_interval isn't supported; set every_n_train_steps instead"
+    elif not steps and not epochs and (steps, epochs) != (None, None):
+        yield (
+            f"every_n_train_steps={steps} and every_n_epochs={epochs} would save nothing before "
+            f"the last step; set one of them to at least 1"
+        )
+    if settings.get("save_on_exception"):
+        yield (
+            "save_on_exception isn't supported: it would save in the midst of a step, and ranks "
+            "would wait for each other; leave it false, and set a smaller every_n_train_steps"
+        )
+
+
+def _stops_early(trainer: Trainer) -> bool:
+    """Whether a callback ends the run behind this step."""
+    enough_steps = trainer.global_step >= (trainer.min_steps or 0)
+    epochs = trainer.current_epoch + trainer.is_last_batch
+    return trainer.should_stop and enough_steps and epochs >= (trainer.min_epochs or 0)
+
+
+@contextmanager
+def _behind_last_batch(trainer: Trainer) -> Iterator[None]:
+    """Count the end of an epoch as Lightning does behind its last batch.
+
+    Of a checkpoint with a complete epoch Lightning (2.6.6) doesn't give the data its position back:
+    the resumed run would be trained on the first epoch's order again.
+    """
+    _count_epoch_end(trainer, -1)
+    try:
+        yield
+    finally:
+        _count_epoch_end(trainer, 1)
+
+
+def _count_epoch_end(trainer: Trainer, number: int) -> None:
+    loop: Any = trainer.fit_loop
+    for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
+        epochs.processed += number
+    for batches in (loop.epoch_loop.batch_progress.total, loop.epoch_loop.batch_progress.current):
+        batches.completed += number

@@ -89,6 +89,7 @@ def verifier(setup: Setup) -> Finding:
 def hang_test(verifier: Verifier) -> Finding:
     """Have a verifier compare something before, while and after a comparison hangs."""
     try:
+        verifier.start()
         before = verifier.compare(*_EQUAL)
         start = time.monotonic()
         hung = verifier.compare(_HANGS, "7")

@@ -1,15 +1,23 @@
 """Talking to a server: what its clients share."""
 
+import logging
 import math
 import os
 import re
 import textwrap
+import time
+from collections.abc import Iterator
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
+import httpx2
 import openai
+
+log = logging.getLogger(__name__)
 
 _USUAL_NAME = re.compile("[A-Z][A-Z0-9_]*")  # which keys hardly look like
 _THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
+_NO_KEY = "none"
 
 
 def connect(
@@ -19,10 +27,15 @@ def connect(
 
     Args:
         base_url: Of the server.
-        key: Its API key; any text where it has none.
-        timeout: Of a request, in seconds.
+        key: Its API key, of ``api_key``.
+        timeout: Seconds that it may be silent for, and that an answer may take once it has begun.
         max_retries: After the first failure.
     """
+    if key != _NO_KEY and in_clear_text(base_url):
+        log.warning(
+            "the API key goes to %s in clear text, where others on the way can read it; use https",
+            base_url,
+        )
     return openai.OpenAI(
         base_url=base_url,
         api_key=key,
@@ -30,9 +43,49 @@ def connect(
         max_retries=max_retries,
         # A proxy of the environment's can't reach this machine; None: not by it.
         http_client=openai.DefaultHttpxClient(
-            mounts={f"all://{host}": None for host in _THIS_MACHINE}
+            mounts={f"all://{host}": None for host in _THIS_MACHINE},
+            event_hooks={"response": [_bound]},
         ),
     )
+
+
+class _InTime(httpx2.SyncByteStream):
+    """What a server sends, up to a deadline: the client's own timeout bounds its silences only.
+
+    Some servers and proxies send blanks while they compute, or when they will never answer.
+    """
+
+    def __init__(self, stream: httpx2.SyncByteStream, seconds: float) -> None:
+        self._stream = stream
+        self._deadline = time.monotonic() + seconds
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self._stream:
+            if time.monotonic() > self._deadline:
+                raise httpx2.ReadTimeout("the answer goes on for too long")
+            yield part
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _bound(response: httpx2.Response) -> None:
+    """Give the body of a response as long as the server may be silent for."""
+    assert isinstance(response.stream, httpx2.SyncByteStream)
+    response.stream = _InTime(response.stream, response.request.extensions["timeout"]["read"])
+
+
+def in_clear_text(url: str) -> bool:
+    """Whether others can read what is sent to a good address: without TLS, to another machine."""
+    parts = urlsplit(url)
+    return parts.scheme == "http" and not _is_this_machine(parts.hostname or "")
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 def client_faults(concurrency: int, timeout: float, api_key_env: str | None) -> list[str]:
@@ -57,7 +110,7 @@ def client_faults(concurrency: int, timeout: float, api_key_env: str | None) -> 
 def api_key(api_key_env: str | None) -> str:
     """The key in an environment variable, empty if it isn't set; some text where none is wanted."""
     # A dict, since os.environ itself can't be asked for what no system can encode.
-    return "none" if api_key_env is None else dict(os.environ).get(api_key_env, "")
+    return _NO_KEY if api_key_env is None else dict(os.environ).get(api_key_env, "")
 
 
 def url_fault(url: str, name: str, example: str) -> str | None:
@@ -83,6 +136,14 @@ def url_fault(url: str, name: str, example: str) -> str | None:
     return None if good else f"{name} must be like {example}, got {url!r}"
 
 
-def in_short(error: Exception) -> str:
-    """An error in one line: some servers send a page."""
-    return textwrap.shorten(str(error), 400, placeholder=" …")
+def in_short(error: Exception, key: str) -> str:
+    """An error in one line, since some servers send a page, and without the key, which some repeat.
+
+    Args:
+        error: What the client raised.
+        key: That was sent, of ``api_key``.
+    """
+    said = str(error)
+    if key != _NO_KEY:
+        said = said.replace(key, "[the key]")
+    return textwrap.shorten(said, 400, placeholder=" …")

@@ -35,7 +35,8 @@ class OpenAIEngine(Teacher):
         model: Name of the model on the server.
         api_key_env: Environment variable with the key; null: the server wants none.
         concurrency: Requests at a time, >= 1.
-        timeout: Seconds that the server may be silent for, > 0.
+        timeout: Seconds that the server may be silent for, and that a reply may take once it has
+            begun; > 0.
         max_retries: Of a request that failed, each after a longer pause; >= 0.
         structured_outputs: How the server takes a pattern: vllm, in its structured_outputs; none:
             it can't, so that replies are free and some may not parse.
@@ -68,7 +69,8 @@ class OpenAIEngine(Teacher):
         self.concurrency = concurrency
         self.structured_outputs = structured_outputs
         self.revision = revision
-        self._client = connect(base_url, api_key(api_key_env), timeout, max_retries)
+        self._key = api_key(api_key_env)
+        self._client = connect(base_url, self._key, timeout, max_retries)
         self.can_continue = structured_outputs == "vllm"
         self._away = False
 
@@ -88,7 +90,7 @@ class OpenAIEngine(Teacher):
             log.warning(
                 "the teacher at %s doesn't answer (%s); rollouts stay unguided until it does",
                 self.base_url,
-                in_short(failure.error),
+                in_short(failure.error, self._key),
             )
         elif failure.error is None and self._away:
             log.warning("the teacher at %s answers again", self.base_url)
@@ -113,7 +115,8 @@ class OpenAIEngine(Teacher):
                 return Reply(skipped="unavailable")
             if any(words in f"{error} {error.body}" for words in _TOO_LONG):
                 return Reply(skipped="prompt_too_long")
-            raise InputError(self._refused(error)) from error
+            # The error itself may repeat the key, and mustn't be shown with this one.
+            raise InputError(self._refused(error)) from None
         except (openai.APIConnectionError, ValueError) as error:  # timeouts; what is no completion
             failure.note(error)
             return Reply(skipped="unavailable")
@@ -129,7 +132,8 @@ class OpenAIEngine(Teacher):
 
     def _refused(self, error: openai.APIStatusError) -> str:
         hint = f" ({_MEND[error.status_code]})" if error.status_code in _MEND else ""
-        return f"the teacher at {self.base_url} refuses the request: {in_short(error)}{hint}"
+        said = in_short(error, self._key)
+        return f"the teacher at {self.base_url} refuses the request: {said}{hint}"
 
     def close(self) -> None:
         """Close the connections."""

@@ -211,6 +211,7 @@ class _Server:
     def __init__(self, url: str, model: str, key: str, timeout: float) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.model = model
+        self._key = key
         patience = openai.Timeout(timeout, connect=_CONNECT_SECONDS)
         self._client = connect(self.url, key, patience, _RETRIES)
 
@@ -301,22 +302,23 @@ class _Server:
     def _in_short_words(self, path: str) -> Iterator[None]:
         try:
             yield
-        except openai.NotFoundError as error:
-            if path.startswith("/v1/"):
-                raise InputError(f"the server at {self.url} refuses: {in_short(error)}") from error
-            raise InputError(
-                f"the server at {self.url} has no {path.partition('?')[0]}: start vLLM with "
-                f"VLLM_SERVER_DEV_MODE=1 in its environment, so that it reloads weights"
-            ) from error
-        except openai.InternalServerError as error:
-            raise InputError(f"the server at {self.url} fails: {in_short(error)}") from error
         except openai.APIStatusError as error:
-            raise InputError(f"the server at {self.url} refuses: {in_short(error)}") from error
+            # The error itself may repeat the key, and mustn't be shown with this one.
+            raise InputError(self._refused(path, error)) from None
         except openai.APIConnectionError as error:  # timeouts too
             raise InputError(
-                f"the server at {self.url} doesn't answer ({in_short(error)}); rollouts can't do "
+                f"the server at {self.url} doesn't answer ({error}); rollouts can't do "
                 f"without it: look at its log, start it, and resume with --ckpt_path last"
             ) from error
+
+    def _refused(self, path: str, error: openai.APIStatusError) -> str:
+        if isinstance(error, openai.NotFoundError) and not path.startswith("/v1/"):
+            return (
+                f"the server at {self.url} has no {path.partition('?')[0]}: start vLLM with "
+                f"VLLM_SERVER_DEV_MODE=1 in its environment, so that it reloads weights"
+            )
+        what = "fails" if isinstance(error, openai.InternalServerError) else "refuses"
+        return f"the server at {self.url} {what}: {in_short(error, self._key)}"
 
     def close(self) -> None:
         self._client.close()

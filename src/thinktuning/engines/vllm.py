@@ -307,9 +307,10 @@ def _place_among_ranks() -> Iterator[dict[str, Any]]:
 def _positions(name: str) -> int | None:
     """Tokens that a model was made for."""
     try:
-        return getattr(AutoConfig.from_pretrained(name), "max_position_embeddings", None)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"vLLM can't load {name!r}: {str(error).splitlines()[0]}") from error
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _pack_tied_head(model: torch.nn.Module) -> None:

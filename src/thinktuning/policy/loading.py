@@ -59,6 +59,7 @@ def load_model(
             attn_implementation=attention,
             quantization_config=_quantization_config(quantization, dtype),
             output_loading_info=True,
+            trust_remote_code=False,  # None would ask whoever sits there
         )
     except _UNLOADABLE as error:
         told = _cannot_load("model", name, error)
@@ -79,7 +80,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model; see ``load_model``."""
     path = resolve(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except _UNLOADABLE as error:
         raise InputError(_cannot_load("tokenizer", name, error)) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # Transformers makes up an empty one
@@ -94,7 +95,7 @@ def read_config(name: str) -> Any:
         InputError: If there is none.
     """
     try:
-        return AutoConfig.from_pretrained(resolve(name))
+        return AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         first_line = (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(
