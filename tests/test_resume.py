@@ -80,6 +80,7 @@ OWN_TEACHER = [
     "--guidance.teacher=null",
     "--guidance.behaviors=[self_agreement,self_critique]",
     "--guidance.boxed=true",
+    "--guidance.max_new_tokens=112",
     "--model.max_new_tokens=160",
     "--model.objective.kl_coef=0.05",
 ]
