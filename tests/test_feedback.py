@@ -105,13 +105,20 @@ def test_a_part_may_hold_signs_that_are_no_tags():
 
 # Text that comes as close to the tags as it can.
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-near_tags = st.lists(
-    st.sampled_from([*TAGS, *(tag[:-1] for tag in TAGS), "<", ">", "</", "2 < 3", "\n", "correct"])
-    | st.text(max_size=4),
-    max_size=12,
-).map("".join)
-parts = near_tags.map(str.strip).filter(
-    lambda part: part and not any(t in part for t in TAGS) and not CONTROL.search(part)
+HALF_TAGS = [*(tag[:-1] for tag in TAGS), "<", ">", "</", "2 < 3", "\n", "correct"]
+
+
+def near(pieces, letters):
+    return st.lists(st.sampled_from(pieces) | st.text(letters, max_size=4), max_size=12).map(
+        "".join
+    )
+
+
+near_tags = near([*TAGS, *HALF_TAGS], st.characters())
+parts = (
+    near(HALF_TAGS, st.characters(exclude_categories=["Cc", "Cs"]))
+    .map(str.strip)
+    .filter(lambda part: part and not any(t in part for t in TAGS) and not CONTROL.search(part))
 )
 
 

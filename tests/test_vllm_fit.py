@@ -39,9 +39,10 @@ def vllm_student(student) -> Path:
 def planned(root: Path) -> list[tuple]:
     """What every step was to do, whatever was sampled."""
     lines = (root / "version_0" / "trace.jsonl").read_text().splitlines()
-    rows = map(json.loads, lines)
-    names = ("guidance/gamma", "optimizer/learning_rate")
-    return [(row["step"], row["prompts"], *(row["metrics"][n] for n in names)) for row in rows]
+    logged = scalars(root / "version_0")
+    gammas, rates = logged["guidance/gamma"], logged["optimizer/learning_rate"]
+    prompts = [(row["step"], row["prompts"]) for row in map(json.loads, lines)]
+    return list(zip(prompts, gammas, rates, strict=True))
 
 
 @pytest.mark.parametrize(
