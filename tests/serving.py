@@ -6,15 +6,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import HTTPServer
 from pathlib import Path
+from typing import TypeVar
 from urllib.request import ProxyHandler, build_opener
 
 from lightning.pytorch import LightningModule, Trainer
 
 from thinktuning.callbacks import StageObserver
+
+Served = TypeVar("Served", bound=HTTPServer)
 
 PATIENCE = 180.0  # seconds; only a fault takes that long
 
@@ -24,6 +29,19 @@ def wait_until(done: Callable[[], bool], what: str) -> None:
     while not done():
         assert time.monotonic() < end, f"waited in vain until {what}"
         time.sleep(0.05)
+
+
+@contextmanager
+def answering(server: Served) -> Iterator[Served]:
+    """A server of this process that answers until the block ends."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 class VllmServer:

@@ -5,8 +5,6 @@ import resource
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import scripted
 import torch
-from running import audit, checkpoint, fit_arguments, scalars
+from running import audit, checkpoint, fit_arguments, room, scalars
 from scripted import REPLY, BrokenReward, MoodyReward
 
 from thinktuning.callbacks import AuditLog
@@ -379,17 +377,6 @@ def test_too_little_memory_in_validation_is_told(student, questions, tmp_path, m
 
 
 # ---------------------------------------------------------------------- disk
-
-
-@contextmanager
-def room(length: int) -> Iterator[None]:
-    """No file of this process can be longer."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (length, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_rows_of_the_audit_that_a_full_disk_does_not_take_are_lost_and_told(tmp_path, caplog):

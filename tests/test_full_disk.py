@@ -1,30 +1,16 @@
 """TensorBoard's values on a full disk: those are lost, and none before or after."""
 
 import re
-import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from running import fit_arguments, run
+from running import fit_arguments, room, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from thinktuning.logger import RunLogger
 
 pytestmark = pytest.mark.faults
-
-
-@contextmanager
-def room(length: int) -> Iterator[None]:
-    """No file of this process can be longer."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (length, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def logged(folder: Path) -> dict[str, list[int]]:

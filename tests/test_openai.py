@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from running import audit, checkpoint, fit_arguments
-from serving import VllmServer, wait_until
+from serving import VllmServer, answering, wait_until
 
 from thinktuning.cli import main
 from thinktuning.engines import OpenAIEngine
@@ -141,13 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    made = Server()
-    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield made
-    made.shutdown()
-    thread.join()
-    made.server_close()
+    with answering(Server()) as made:
+        yield made
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from running import audit, fit_arguments, run
 from scripted import ScriptedTeacher
+from serving import answering
 
 from thinktuning.cli import main
 from thinktuning.teaching import ReplyParams
@@ -62,13 +62,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[TalkativeServer]:
-    made = TalkativeServer()
-    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield made
-    made.shutdown()
-    thread.join()
-    made.server_close()
+    with answering(TalkativeServer()) as made:
+        yield made
 
 
 def test_a_run_leaves_the_key_nowhere(student, questions, tmp_path, server):
