@@ -30,10 +30,12 @@ from statistics import mean
 from typing import Any, Self
 
 import matplotlib
+import numpy as np
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from thinktuning import runs
+from thinktuning.evaluation.statistics import accuracy_interval, mean_of
 from thinktuning.provenance import provenance
 
 matplotlib.use("Agg")
@@ -54,6 +56,8 @@ class Experiment:
         arms: Settings by dotted names, by the arm's name.
         panels: Scalars that are drawn, with their titles.
         table: Scalars whose last values are the table's columns, with their titles.
+        shares: Which of the table's scalars are shares of held-out answers: these have an interval.
+        answers: Held-out answers of one run, that these are shares of.
     """
 
     config: Sequence[str]
@@ -61,6 +65,8 @@ class Experiment:
     arms: Mapping[str, Settings]
     panels: Mapping[str, str]
     table: Mapping[str, str]
+    shares: Sequence[str] = ()
+    answers: int = 0
 
     @property
     def scalars(self) -> list[str]:
@@ -277,7 +283,7 @@ def values_by_step(rows: Sequence[Row], arm: str, scalar: str) -> dict[int, list
 
 
 def table(experiment: Experiment, rows: Sequence[Row]) -> str:
-    """The last values as Markdown: the mean over seeds, and every seed's."""
+    """The last values as Markdown: the mean over seeds, a share's interval, and every seed's."""
     lines = ["| | seeds | " + " | ".join(experiment.table.values()) + " |"]
     lines.append("|---|---|" + "---|" * len(experiment.table))
     for arm in experiment.arms:
@@ -286,10 +292,25 @@ def table(experiment: Experiment, rows: Sequence[Row]) -> str:
         for scalar in experiment.table:
             by_step = values_by_step(rows, arm, scalar)
             last = by_step[max(by_step)] if by_step else []
-            each = ", ".join(f"{value:.2f}" for value in last)
-            cells.append(f"{mean(last):.2f} ({each})" if last else "")
+            cells.append(cell(last, experiment.answers if scalar in experiment.shares else 0))
         lines.append(f"| {arm} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def cell(values: Sequence[float], answers: int) -> str:
+    """``0.50 [0.40, 0.60] (0.25, 0.75)``: mean, 95 % interval of shares, each seed's.
+
+    The interval is of the sampled questions (Wilson's for each seed, put together as independent
+    ones are); how far runs are apart is in the seeds' own values.
+    """
+    if not values:
+        return ""
+    each = ", ".join(f"{value:.2f}" for value in values)
+    if not answers:
+        return f"{mean(values):.2f} ({each})"
+    hits = [round(value * answers) for value in values]
+    whole = mean_of([accuracy_interval(np.repeat([1.0, 0.0], [k, answers - k])) for k in hits])
+    return f"{whole.value:.2f} [{whole.low:.2f}, {whole.high:.2f}] ({each})"
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def fit_arguments(student: Path, questions: Path, root: Path, *more: str) -> lis
         "--data.instruction=Box it.",
         "--guidance.gamma.start=0.5",
         "--guidance.teacher=scripted.ScriptedTeacher",
-        "--guidance.max_new_tokens=96",
+        "--guidance.max_new_tokens=160",
         "--trainer.accelerator=cpu",
         "--trainer.max_steps=3",
         f"--trainer.default_root_dir={root}",

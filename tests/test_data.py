@@ -217,6 +217,29 @@ def test_word_problems_are_generated_without_a_network():
         assert {q.text for q in other}.isdisjoint(q.text for q in train)
 
 
+def test_a_generator_takes_settings():
+    source = "reasoning-gym:chain_sum?min_terms=3&max_terms=3&max_digits=1"
+    for question in load_questions(source, "train", seed=3, limit=20):
+        terms = re.findall(r"(?:^|[+-] )(\d)(?= )", question.text.partition(": ")[2])
+        assert len(terms) == 3
+        assert eval(question.text.partition(": ")[2].removesuffix("=")) == int(question.answer)
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("terms=3", "unexpected keyword argument 'terms'"),
+        ("max_terms", "bad query field"),
+        ("max_terms=-1", "max_terms must be"),
+        ("max_terms=three", "not supported between"),
+        ("max_terms=[", "flow"),
+    ],
+)
+def test_a_wrong_setting_of_a_generator_is_told(query, said):
+    with pytest.raises(InputError, match=f"chain_sum doesn't take the settings .*{said}"):
+        load_questions(f"reasoning-gym:chain_sum?{query}", "train")
+
+
 def test_an_unknown_generator_is_named():
     with pytest.raises(InputError, match="no generator 'gsm_symbolical'"):
         load_questions("reasoning-gym:gsm_symbolical", "train")

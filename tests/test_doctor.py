@@ -368,6 +368,17 @@ def test_the_reference_as_the_teacher(setup, tmp_path):
     assert "3 of 3 replies parse" in finding.found
 
 
+@pytest.mark.parametrize(
+    ("limit", "status"), [("116", Status.OK), ("115", Status.WARNING), ("96", Status.WARNING)]
+)
+def test_a_limit_that_ends_replies_before_the_worked_examples(setup, limit, status):
+    finding = sampling.teacher(
+        setup("--guidance.behaviors=[catchphrase]", f"--guidance.max_new_tokens={limit}")
+    )
+    assert finding.status is status
+    assert ("worked examples of catchphrase" in finding.found) == (status is Status.WARNING)
+
+
 def test_a_teacher_whose_prompt_is_too_long(setup):
     finding = sampling.teacher(
         setup(

@@ -344,6 +344,25 @@ def test_the_least_limit_that_is_named_is_the_least_that_works(boxed):
         assert FeedbackForm(tokens, boxed).open_tokens >= len(OPENED + "in") + 1
 
 
+@pytest.mark.parametrize("boxed", [False, True])
+def test_what_fits_is_what_the_pattern_allows(boxed):
+    form = FeedbackForm(200, boxed)
+    box = "\\boxed{7}" if boxed else ""
+
+    def allowed(reason: str, phrase: str) -> bool:
+        return bool(
+            re.fullmatch(form.pattern, format_feedback(Feedback("correct", reason, phrase)))
+        )
+
+    def fits(reason: str, phrase: str) -> bool:
+        return form.fits(Feedback("correct", reason, phrase))
+
+    longest = max(n for n in range(1, 1000) if fits("r" * n, "p"))
+    assert allowed("r" * longest, "p" + box) and not allowed("r" * (longest + 1), "p" + box)
+    longest = max(n for n in range(1, 1000) if fits("r", "p" * n))
+    assert allowed("r", "p" * longest + box) and not allowed("r", "p" * (longest + 1) + box)
+
+
 class Listening(TransformersEngine):
     """Notes what its model wrote, as tokens."""
 

@@ -73,6 +73,18 @@ def test_a_table_has_the_last_values_that_every_seed_has():
     assert reproduce.values_by_step(ROWS, "a", "x") == {0: [0.0, 0.25], 2: [0.5, 1.0]}
 
 
+def test_a_share_has_the_interval_of_its_questions():
+    # Wilson's for 3 of 4 and for 4 of 4: [0.3006, 0.9544] and [0.5101, 1].
+    arms = {"a": {}}
+    made = reproduce.Experiment(["base.yaml"], [1, 2], arms, {}, {"x": "X", "y": "Y"}, ["x"], 4)
+    rows = [
+        ("a", seed, 2, scalar, share) for seed, share in ((1, 0.75), (2, 1.0)) for scalar in "xy"
+    ]
+    # 0.875 - hypot(0.4494, 0.4899) / 2 and 0.875 + hypot(0.2044, 0) / 2
+    shown = "| a | 2 | 0.88 [0.54, 0.98] (0.75, 1.00) | 0.88 (0.75, 1.00) |"
+    assert reproduce.table(made, rows).splitlines()[-1] == shown
+
+
 def write_scalars(folder: Path, values: dict[int, float]) -> None:
     writer = SummaryWriter(folder)
     for step, value in values.items():

@@ -109,10 +109,27 @@ class TeacherGuidance(RolloutCallback):
         own = self.teacher is not None and not self.teacher.needs_weights
         return self.gamma.start > 0 and not own
 
+    def cramped_behaviors(self) -> list[str]:
+        """Names of behaviors with a worked example that is longer than a reply may be."""
+        form = self.form
+        if form is None:
+            return []
+        return [
+            b.name for b in self.behaviors if not all(form.fits(e.feedback) for e in b.examples)
+        ]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the length of the schedule; a resumed run keeps the one it began with."""
         if self.gamma.start == 0:
             return
+        if cramped := self.cramped_behaviors():
+            log.warning(
+                "guidance.max_new_tokens=%s ends a constrained reply's reflection or continuation "
+                "before it is as long as in the worked examples of %s, and in the middle of a "
+                "word: raise it",
+                self.max_new_tokens,
+                ", ".join(cramped),
+            )
         if self.teacher is not None:
             self.teacher.start()
             self.teacher.sleep()

@@ -34,7 +34,8 @@ class GSM8KDataModule(LightningDataModule):
     Args:
         tokenizer: Hub id or folder of the tokenizer; taken from model.pretrained by the CLI.
         source: Hub id (openai/gsm8k), a .jsonl or .parquet file with the columns question and
-            answer in GSM8K's format, or reasoning-gym:NAME (gsm_symbolic: generated word problems).
+            answer in GSM8K's format, or reasoning-gym:NAME (gsm_symbolic: generated word problems)
+            with settings of that generator, reasoning-gym:chain_sum?max_terms=3&max_digits=2.
         val_source: Questions for validation and test, in the same forms; null holds out the last
             val_size questions of source, or takes the hub's test split.
         val_size: Questions for validation; 0 for none.

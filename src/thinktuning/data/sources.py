@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import datasets
+import yaml
 
 from thinktuning.engines.seeding import derive_seed
 from thinktuning.errors import InputError
@@ -65,7 +67,8 @@ def load_questions(
 
     Args:
         source: A ``.jsonl``, ``.json`` or ``.parquet`` file with ``question`` and ``answer``
-            columns; ``reasoning-gym:NAME`` for a generator of that package; else a hub id.
+            columns; ``reasoning-gym:NAME?SETTING=VALUE&…`` for a generator of that package; else a
+            hub id.
         split: Split of a hub data set, ``train`` or ``test``; unused by files.
         seed: Of the generator.
         limit: Rows to read at most; a generator makes this many.
@@ -151,15 +154,23 @@ def _json_row(number: int, line: str) -> Any:
         raise ValueError(f"line {number} isn't JSON: {error}") from error
 
 
-def _generated(name: str, split: str, seed: int, size: int) -> Iterable[Mapping[str, Any]]:
+def _generated(called: str, split: str, seed: int, size: int) -> Iterable[Mapping[str, Any]]:
     import reasoning_gym
 
+    name, _, query = called.partition("?")
     # Generators draw row i from seed + i: seeds must be far apart, or splits and runs share rows.
     far = derive_seed(seed, split, "questions") % 2**31
     try:
-        return reasoning_gym.create_dataset(name, seed=far, size=size)
-    except ValueError as error:
-        raise InputError(f"data: reasoning-gym has no generator {name!r}: {error}") from error
+        settings = {k: yaml.safe_load(v) for k, v in parse_qsl(query, strict_parsing=bool(query))}
+        return reasoning_gym.create_dataset(name, seed=far, size=size, **settings)
+    # A generator's settings are of its own class, which checks them by assertions.
+    except (ValueError, TypeError, AssertionError, yaml.YAMLError) as error:
+        if name not in reasoning_gym.factory.DATASETS:
+            raise InputError(f"data: reasoning-gym has no generator {name!r}: {error}") from error
+        raise InputError(
+            f"data: reasoning-gym's {name} doesn't take the settings {query!r}: {error}; expected "
+            f"e.g. {REASONING_GYM}chain_sum?max_terms=3&max_digits=2"
+        ) from error
 
 
 def _questions(source: str, rows: Iterable[Mapping[str, Any]]) -> list[Question]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from thinktuning.doctor.finding import Finding, failed, ok, skipped, warning
+from thinktuning.doctor.finding import Finding, Status, failed, ok, skipped, warning
 from thinktuning.doctor.setup import Setup
 from thinktuning.objective import sampling_gap
 from thinktuning.policy import completion_logprobs, rounded_weights, suitable
@@ -74,7 +74,14 @@ def teacher(setup: Setup) -> Finding:
     chats = [teacher_chat(guidance.behaviors, p.question, _gold_answer(p)) for p in asked]
     start = time.monotonic()
     replies = setup.ask(chats)
-    return parse_rate(replies, time.monotonic() - start)
+    found = parse_rate(replies, time.monotonic() - start)
+    if found.status is Status.OK and (cramped := guidance.cramped_behaviors()):
+        return warning(
+            f"{found.found}, but they may not be as long as the worked examples of "
+            f"{', '.join(cramped)}: a part ends in the middle of a word",
+            f"more than guidance.max_new_tokens={guidance.max_new_tokens}",
+        )
+    return found
 
 
 def _gold_answer(prompt: Prompt) -> str:

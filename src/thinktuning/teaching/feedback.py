@@ -114,11 +114,22 @@ class FeedbackForm:
         return self.max_new_tokens - self.closing_tokens
 
     @property
-    def pattern(self) -> str:
-        """A regular expression of replies that parse; most fit, at 3.5 characters a token."""
+    def _characters(self) -> tuple[int, int]:
+        """For the reflection and for the continuation, behind the first of each."""
         characters = int(3.5 * (self.open_tokens - _TAG_TOKENS))
         reason = int(0.4 * characters)
-        phrase = f"{_VISIBLE}{_ANY}{{0,{characters - reason}}}"
+        return reason, characters - reason
+
+    def fits(self, feedback: Feedback) -> bool:
+        """Whether its parts are short enough to be written before the form ends them."""
+        reason, phrase = self._characters
+        return len(feedback.reason) <= reason + 1 and len(feedback.phrase) <= phrase + 1
+
+    @property
+    def pattern(self) -> str:
+        """A regular expression of replies that parse; most fit, at 3.5 characters a token."""
+        reason, characters = self._characters
+        phrase = f"{_VISIBLE}{_ANY}{{0,{characters}}}"
         if self.boxed:
             phrase += rf"\\boxed\{{({_LETTER}|\{{{_LETTER}{{0,40}}\}}){{1,40}}\}}\.?"
         return (
