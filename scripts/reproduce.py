@@ -286,14 +286,25 @@ def table(experiment: Experiment, rows: Sequence[Row]) -> str:
     """The last values as Markdown: the mean over seeds, a share's interval, and every seed's."""
     lines = ["| | seeds | " + " | ".join(experiment.table.values()) + " |"]
     lines.append("|---|---|" + "---|" * len(experiment.table))
+
+    def line(name: str, seeds: int, values: Mapping[str, Sequence[float]]) -> str:
+        answers = {s: experiment.answers if s in experiment.shares else 0 for s in values}
+        return (
+            f"| {name} | {seeds} | {' | '.join(cell(v, answers[s]) for s, v in values.items())} |"
+        )
+
+    # Every arm of a seed begins with the same weights.
+    begun = {
+        s: {seed: v for _, seed, step, t, v in rows if (step, t) == (0, s)}
+        for s in experiment.table
+    }
+    if any(begun.values()):
+        first = {scalar: [found[seed] for seed in sorted(found)] for scalar, found in begun.items()}
+        lines.append(line("before training", max(map(len, first.values())), first))
     for arm in experiment.arms:
         seeds = len({seed for row_arm, seed, *_ in rows if row_arm == arm})
-        cells = []
-        for scalar in experiment.table:
-            by_step = values_by_step(rows, arm, scalar)
-            last = by_step[max(by_step)] if by_step else []
-            cells.append(cell(last, experiment.answers if scalar in experiment.shares else 0))
-        lines.append(f"| {arm} | {seeds} | " + " | ".join(cells) + " |")
+        by_step = {scalar: values_by_step(rows, arm, scalar) for scalar in experiment.table}
+        lines.append(line(arm, seeds, {s: v[max(v)] if v else [] for s, v in by_step.items()}))
     return "\n".join(lines) + "\n"
 
 

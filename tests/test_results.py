@@ -66,6 +66,7 @@ def test_a_table_has_the_last_values_that_every_seed_has():
     assert reproduce.table(made, ROWS).splitlines() == [
         "| | seeds | X |",
         "|---|---|---|",
+        "| before training | 2 | 0.12 (0.00, 0.25) |",
         "| a | 2 | 0.75 (0.50, 1.00) |",
         "| b | 1 | 0.12 (0.12) |",
         "| c | 0 |  |",
