@@ -283,3 +283,19 @@ def test_a_device_that_is_slow_in_bfloat16_is_told(
     more = ("--trainer.precision=bf16-mixed", "--trainer.max_steps=1", "--data.val_size=0")
     main(fit_arguments(student(), questions, tmp_path, *more))
     assert caplog.text.count("no instructions for bfloat16") == (not native)
+
+
+@pytest.mark.parametrize(("steps", "told"), [(4, 0), (5, 1), (7, 1)])
+def test_answers_that_never_end_are_told_once(student, questions, tmp_path, caplog, steps, told):
+    more = ("--model.max_new_tokens=1", f"--trainer.max_steps={steps}", "--data.val_size=0")
+    main(fit_arguments(student(), questions, tmp_path, *more))
+    assert caplog.text.count("rollout batches has ended") == told
+
+
+@pytest.mark.parametrize(("limit", "told"), [(160, 0), (150, 1)])
+def test_replies_shorter_than_the_worked_examples_are_told(
+    student, questions, tmp_path, caplog, limit, told
+):
+    more = (f"--guidance.max_new_tokens={limit}", "--trainer.max_steps=1", "--data.val_size=0")
+    main(fit_arguments(student(), questions, tmp_path, *more))
+    assert caplog.text.count("worked examples of self_agreement, self_critique") == told

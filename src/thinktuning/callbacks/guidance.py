@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_STEPS_WITHOUT_END = 5  # behind which it is told
+
 FOUR_BEHAVIORS = ["self_conflict", "self_agreement", "self_critique", "self_consultancy"]
 
 
@@ -101,6 +103,7 @@ class TeacherGuidance(RolloutCallback):
         self.max_steps_without_teacher = max_steps_without_teacher
         self.planned_steps: int | None = None
         self._steps_without_teacher = 0
+        self._steps_without_end = 0
         self._phrases = _example_phrases(self.behaviors)
         self._cached: CachedTeacher | None = None
 
@@ -170,7 +173,7 @@ class TeacherGuidance(RolloutCallback):
         else:
             guidance = self._ask(module, asked)
         self._log_cache(module)
-        self._note_absence(trainer, guidance)
+        self._note_absence(trainer, guidance, sum(r.finished for r in rollouts.rollouts))
         guided = dict(zip(selected, guidance, strict=True))
         return rollouts.with_rollouts(
             tuple(
@@ -232,11 +235,20 @@ class TeacherGuidance(RolloutCallback):
             names, reply.text, feedback, skipped, reply.closed, reply.cached, reply.tokens
         )
 
-    def _note_absence(self, trainer: Trainer, guidance: Sequence[Guidance]) -> None:
-        """Count steps in which no rank's teacher has replied at all."""
+    def _note_absence(self, trainer: Trainer, guidance: Sequence[Guidance], ended: int) -> None:
+        """Count steps in which no rank's teacher has replied, or no rank's student has ended."""
         away = sum(g.skipped == "unavailable" for g in guidance)
-        counts = torch.tensor([len(guidance), away], device=trainer.strategy.root_device)
-        asked, away = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        counts = torch.tensor([len(guidance), away, ended], device=trainer.strategy.root_device)
+        asked, away, ended = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        self._steps_without_end = 0 if ended else self._steps_without_end + 1
+        if self._steps_without_end == _STEPS_WITHOUT_END:
+            log.warning(
+                "no answer of the last %s rollout batches has ended within model.max_new_tokens, "
+                "so that nothing is guided, and nothing that asks for an end is rewarded: allow "
+                "more tokens, or go back to an older checkpoint with a lower learning rate, or "
+                "with a reward for ending",
+                _STEPS_WITHOUT_END,
+            )
         if asked:
             self._steps_without_teacher = self._steps_without_teacher + 1 if away == asked else 0
         limit = self.max_steps_without_teacher
