@@ -601,4 +601,5 @@ def test_defaults_and_the_edges_of_what_is_allowed():
     assert (config.c_max, config.advantage_bound, config.mask_below) == (1e-3, 4.0, 0.01)
     assert (config.shaping, config.scope) == ("aas", "guidance")
     assert (config.normalizer, config.advantage_scale) == ("token_mean", "std")
+    assert config.cut_off == "train"
     ObjectiveConfig(clip_eps=0.99, clip_eps_high=3.0, dual_clip=1.01, c_max=0.9, mask_below=0.99)

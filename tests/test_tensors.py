@@ -68,6 +68,18 @@ def test_unscaled_advantages_are_distances_from_the_mean():
     assert [r.advantage for r in batch.rollouts] == [0.5, -0.5, 0.0, 0.0]
 
 
+def test_answers_that_were_cut_off_can_be_left_out_but_count_in_the_mean():
+    batch = rewarded(1, 0, 0.25, 0.75, group_size=2)
+    first, *others = batch.rollouts
+    batch = batch.with_rollouts(
+        (first, *(replace(r, finished=False) for r in others[:2]), others[2])
+    )
+    trained = [r.advantage for r in with_advantages(batch, "none").rollouts]
+    assert trained == [0.5, -0.5, -0.25, 0.25]
+    left = [r.advantage for r in with_advantages(batch, "none", "ignore").rollouts]
+    assert left == [0.5, 0.0, 0.0, 0.25]
+
+
 def test_a_group_of_equal_rewards_has_no_advantage():
     batch = with_advantages(rewarded(0.1, 0.1, 0.1, 1, 1, 0, group_size=3), "std")
     found = [r.advantage for r in batch.rollouts]

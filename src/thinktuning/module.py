@@ -150,7 +150,9 @@ class ThinkTuningModule(PolicyModule):
             self.engine.sleep()
             with self._stage("reward", metrics):
                 rollouts = score(rollouts, self.rewards, self.guard)
-                rollouts = with_advantages(rollouts, self.objective.advantage_scale)
+                rollouts = with_advantages(
+                    rollouts, self.objective.advantage_scale, self.objective.cut_off
+                )
             with self._stage("logprobs", metrics):
                 inputs = update.inputs(rollouts)
             with self._stage("update", metrics):

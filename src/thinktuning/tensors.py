@@ -30,15 +30,32 @@ class Lengths:
     completions: Sequence[int]
 
 
-def with_advantages(batch: RolloutBatch, scale: Literal["std", "none"]) -> RolloutBatch:
-    """Fill in every rollout's group-relative advantage; rewards must be set."""
+def with_advantages(
+    batch: RolloutBatch,
+    scale: Literal["std", "none"],
+    cut_off: Literal["train", "ignore"] = "train",
+) -> RolloutBatch:
+    """Fill in every rollout's group-relative advantage; rewards must be set.
+
+    Args:
+        batch: Scored rollouts.
+        scale: See ``group_advantages``.
+        cut_off: ``ignore`` gives rollouts that didn't end the advantage 0; they still count in
+            their group's mean.
+
+    Source:
+        ``ignore``: overlong filtering, DAPO, Yu et al. 2025, arXiv 2503.14476, section 3.4.
+    """
     # float64: the advantage of a rollout must not depend on how its rewards were rounded.
     rewards = torch.tensor(
         [[r.reward for r in group] for group in batch.groups()], dtype=torch.float64
     )
     advantages = group_advantages(rewards, scale).flatten().tolist()
     return batch.with_rollouts(
-        tuple(replace(r, advantage=a) for r, a in zip(batch.rollouts, advantages, strict=True))
+        tuple(
+            replace(r, advantage=a if r.finished or cut_off == "train" else 0.0)
+            for r, a in zip(batch.rollouts, advantages, strict=True)
+        )
     )
 
 

@@ -24,6 +24,8 @@ class ObjectiveConfig:
         kl_coef: Weight of the k3 estimate of KL(policy || reference); 0 loads no reference for it.
         advantage_scale: Divide advantages by the group's standard deviation (std), or not (none,
             Dr. GRPO).
+        cut_off: Answers that the length limit has ended are trained on like others (train), or
+            count in their group's mean alone (ignore, DAPO's overlong filtering).
         normalizer: Mean over all completion tokens of the optimizer step (token_mean), mean of
             each completion's token mean (sequence_mean), or the sum over tokens divided by
             completions times the length limit (fixed_length, Dr. GRPO).
@@ -45,6 +47,7 @@ class ObjectiveConfig:
     dual_clip: float | None = 3.0
     kl_coef: float = 0.0
     advantage_scale: Literal["std", "none"] = "std"
+    cut_off: Literal["train", "ignore"] = "train"
     normalizer: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
     shaping: Literal["aas", "luffy", "clip", "none"] = "aas"
     scope: Literal["guidance", "trajectory"] = "guidance"
