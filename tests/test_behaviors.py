@@ -251,7 +251,7 @@ def test_braces_and_percent_signs_reach_the_teacher_as_they_are(tmp_path):
 # ------------------------------------------------------------------- patterns
 
 SIGNS = {
-    "catchphrase": ["As old Marnie Quill says, count the lanterns twice."],
+    "catchphrase": ["As my mentor Marnie Quill says, count the stars twice."],
     "self_agreement": [
         "I agree with my answer.",
         "I'm still confident in it.",
