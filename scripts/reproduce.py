@@ -110,7 +110,7 @@ class Results:
     @classmethod
     def read(cls, folder: Path, wanted: Sequence[Run]) -> Self:
         """Those of the wanted runs that are there; of another configuration none is."""
-        if not folder.exists():
+        if not (folder / "runs.json").exists():
             return cls([], [])
         digests = {run.digest for run in wanted}
         records = json.loads((folder / "runs.json").read_text())
