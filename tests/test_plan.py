@@ -1,6 +1,8 @@
 """The planner against counts by hand, and against real tensors."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -285,6 +287,24 @@ def test_the_recipe_for_3b_is_planned(capsys, llama_3b):
         assert row in text
     assert "Largest micro_batch_size: 20, all rollouts of an optimizer step." in text
     assert "seconds" in text
+
+
+def test_the_recipe_fits_two_gpus_as_documented(capsys, llama_3b):
+    main(
+        [
+            "plan",
+            "--config=configs/gsm8k.yaml",
+            "--config=configs/fsdp2.yaml",
+            f"--model.pretrained={llama_3b}",
+            "--trainer.accelerator=gpu",
+            "--trainer.devices=2",
+            "--device_memory_gib=80",
+        ]
+    )
+    found = re.search(r"Peak: ([\d.]+) GiB, at the guidance", capsys.readouterr().out)
+    assert (
+        f"{float(found[1]):.1f} GiB for each of two" in Path("docs/results/README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
