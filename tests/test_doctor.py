@@ -369,7 +369,7 @@ def test_the_reference_as_the_teacher(setup, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("limit", "status"), [("116", Status.OK), ("115", Status.WARNING), ("96", Status.WARNING)]
+    ("limit", "status"), [("100", Status.OK), ("99", Status.WARNING), ("80", Status.WARNING)]
 )
 def test_a_limit_that_ends_replies_before_the_worked_examples(setup, limit, status):
     finding = sampling.teacher(
