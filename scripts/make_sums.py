@@ -10,7 +10,7 @@ from pathlib import Path
 
 import reasoning_gym
 
-SIZES = {"test": (100_000, 256), "train": (1, 2000)}  # seed of the first row, rows
+SIZES = {"test": (100_000, 256), "train": (1, 2000)}  # seed of the first row, rows drawn
 
 
 def main() -> None:

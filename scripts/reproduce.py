@@ -45,6 +45,8 @@ Settings = Mapping[str, Any]
 Row = tuple[str, int, int, str, float]
 """arm, seed, step, scalar, value"""
 
+BEFORE = "before training"
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -286,25 +288,17 @@ def table(experiment: Experiment, rows: Sequence[Row]) -> str:
     """The last values as Markdown: the mean over seeds, a share's interval, and every seed's."""
     lines = ["| | seeds | " + " | ".join(experiment.table.values()) + " |"]
     lines.append("|---|---|" + "---|" * len(experiment.table))
-
-    def line(name: str, seeds: int, values: Mapping[str, Sequence[float]]) -> str:
-        answers = {s: experiment.answers if s in experiment.shares else 0 for s in values}
-        return (
-            f"| {name} | {seeds} | {' | '.join(cell(v, answers[s]) for s, v in values.items())} |"
-        )
-
     # Every arm of a seed begins with the same weights.
-    begun = {
-        s: {seed: v for _, seed, step, t, v in rows if (step, t) == (0, s)}
-        for s in experiment.table
-    }
-    if any(begun.values()):
-        first = {scalar: [found[seed] for seed in sorted(found)] for scalar, found in begun.items()}
-        lines.append(line("before training", max(map(len, first.values())), first))
-    for arm in experiment.arms:
+    begun = {row[1:4]: row[4] for row in rows if row[2] == 0}
+    rows = [*rows, *((BEFORE, *place, value) for place, value in sorted(begun.items()))]
+    for arm in [BEFORE] * bool(begun) + list(experiment.arms):
         seeds = len({seed for row_arm, seed, *_ in rows if row_arm == arm})
-        by_step = {scalar: values_by_step(rows, arm, scalar) for scalar in experiment.table}
-        lines.append(line(arm, seeds, {s: v[max(v)] if v else [] for s, v in by_step.items()}))
+        cells = []
+        for scalar in experiment.table:
+            by_step = values_by_step(rows, arm, scalar)
+            last = by_step[max(by_step)] if by_step else []
+            cells.append(cell(last, experiment.answers if scalar in experiment.shares else 0))
+        lines.append(f"| {arm} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -2,16 +2,15 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from running import room
 from transformers import AutoModelForCausalLM
 
 from thinktuning.engines import TransformersEngine
@@ -244,17 +243,6 @@ def test_a_folder_in_an_entrys_place_stays_and_is_not_fatal(tmp_path):
 # ---------------------------------------------------------------- a disk that takes nothing
 
 
-@contextmanager
-def full_disk():
-    """Files of this process can't grow beyond ten bytes."""
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-
-
 def test_a_full_disk_costs_no_reply_and_warns_once(tmp_path):
     ask(tmp_path, chat("known"))
     with warnings.catch_warnings(record=True) as shown:
@@ -262,7 +250,7 @@ def test_a_full_disk_costs_no_reply_and_warns_once(tmp_path):
         for step in range(3):
             # A new object for every step, as TeacherGuidance makes them.
             cached = CachedTeacher(CountingTeacher(), tmp_path)
-            with full_disk():
+            with room(10):
                 replies = cached.reply([chat("known"), chat("a"), chat("b")], PARAMS)
             assert [r.text for r in replies] == ["known 1", "a 1", "b 2"], step
             assert [r.cached for r in replies] == [True, False, False]

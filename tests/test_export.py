@@ -1,9 +1,7 @@
 """``thinktuning export``: what others load is the policy that was trained."""
 
 import json
-import resource
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import yaml
 from conftest import prompt_ids
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from running import fit_arguments, run
+from running import fit_arguments, room, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     AutoModelForCausalLM,
@@ -302,21 +300,10 @@ def test_a_folder_in_use_is_left_alone_and_an_empty_one_is_filled(base, tmp_path
     assert names(tmp_path / "empty") == names(tmp_path / "new" / "deep") > {"model.safetensors"}
 
 
-@contextmanager
-def no_file_larger_than(size: int):
-    """A disk that fills up, for this process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_leaves_no_half_folder(base, tmp_path):
     path = untrained_checkpoint(base, tmp_path / "a.ckpt")
     arguments = ["export", f"--ckpt_path={path}", f"--output={tmp_path / 'out'}"]
-    with no_file_larger_than(100_000), pytest.raises(SystemExit, match=r"cannot write .*out"):
+    with room(100_000), pytest.raises(SystemExit, match=r"cannot write .*out"):
         main(arguments)
     assert names(tmp_path) == {"a.ckpt"}
     main(arguments)

@@ -716,7 +716,7 @@ def test_a_run_goes_on_while_its_server_is_down(student, questions, tmp_path, vl
         *served(vllm.base_url),
         *waits,
         f"--trainer.max_steps={steps}",
-        "--model.max_new_tokens=128",  # room for what this teacher says
+        "--model.max_new_tokens=224",  # room for what this teacher says
     )
     paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     with (tmp_path / "log").open("w") as log:

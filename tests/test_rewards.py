@@ -317,7 +317,7 @@ def test_only_a_correct_answer_earns_the_outcome_reward():
 
 
 def test_a_phrase_is_paid_for_exactly_once_in_a_finished_answer():
-    reward = PhraseReward("count the stars twice")
+    reward = PhraseReward("count the lanterns twice")
     phrase = reward.phrase
     assert reward.weight == 0.5
     responses = [

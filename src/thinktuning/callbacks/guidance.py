@@ -173,7 +173,12 @@ class TeacherGuidance(RolloutCallback):
         else:
             guidance = self._ask(module, asked)
         self._log_cache(module)
-        self._note_absence(trainer, guidance, sum(r.finished for r in rollouts.rollouts))
+        ended = sum(r.finished for r in rollouts.rollouts)
+        away = sum(g.skipped == "unavailable" for g in guidance)
+        counts = torch.tensor([ended, len(guidance), away], device=trainer.strategy.root_device)
+        ended, asked, away = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        self._note_ends(ended)
+        self._note_absence(asked, away)
         guided = dict(zip(selected, guidance, strict=True))
         return rollouts.with_rollouts(
             tuple(
@@ -235,11 +240,8 @@ class TeacherGuidance(RolloutCallback):
             names, reply.text, feedback, skipped, reply.closed, reply.cached, reply.tokens
         )
 
-    def _note_absence(self, trainer: Trainer, guidance: Sequence[Guidance], ended: int) -> None:
-        """Count steps in which no rank's teacher has replied, or no rank's student has ended."""
-        away = sum(g.skipped == "unavailable" for g in guidance)
-        counts = torch.tensor([len(guidance), away, ended], device=trainer.strategy.root_device)
-        asked, away, ended = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+    def _note_ends(self, ended: int) -> None:
+        """Tell of a student that, on all ranks, has ended no answer for some steps."""
         self._steps_without_end = 0 if ended else self._steps_without_end + 1
         if self._steps_without_end == _STEPS_WITHOUT_END:
             log.warning(
@@ -249,6 +251,9 @@ class TeacherGuidance(RolloutCallback):
                 "with a reward for ending",
                 _STEPS_WITHOUT_END,
             )
+
+    def _note_absence(self, asked: int, away: int) -> None:
+        """Count steps in which no rank's teacher has replied at all."""
         if asked:
             self._steps_without_teacher = self._steps_without_teacher + 1 if away == asked else 0
         limit = self.max_steps_without_teacher

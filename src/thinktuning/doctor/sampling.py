@@ -74,14 +74,14 @@ def teacher(setup: Setup) -> Finding:
     chats = [teacher_chat(guidance.behaviors, p.question, _gold_answer(p)) for p in asked]
     start = time.monotonic()
     replies = setup.ask(chats)
-    found = parse_rate(replies, time.monotonic() - start)
-    if found.status is Status.OK and (cramped := guidance.cramped_behaviors()):
+    finding = parse_rate(replies, time.monotonic() - start)
+    if finding.status is Status.OK and (cramped := guidance.cramped_behaviors()):
         return warning(
-            f"{found.found}, but they may not be as long as the worked examples of "
+            f"{finding.found}, but they may not be as long as the worked examples of "
             f"{', '.join(cramped)}: a part ends in the middle of a word",
             f"more than guidance.max_new_tokens={guidance.max_new_tokens}",
         )
-    return found
+    return finding
 
 
 def _gold_answer(prompt: Prompt) -> str:

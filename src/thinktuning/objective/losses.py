@@ -25,7 +25,8 @@ class ObjectiveConfig:
         advantage_scale: Divide advantages by the group's standard deviation (std), or not (none,
             Dr. GRPO).
         cut_off: Answers that the length limit has ended are trained on like others (train), or
-            count in their group's mean alone (ignore, DAPO's overlong filtering).
+            only count, in their group's mean and among the tokens of the step (ignore, as DAPO's
+            overlong filtering). A KL term is about all answers.
         normalizer: Mean over all completion tokens of the optimizer step (token_mean), mean of
             each completion's token mean (sequence_mean), or the sum over tokens divided by
             completions times the length limit (fixed_length, Dr. GRPO).
