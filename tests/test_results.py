@@ -1,5 +1,6 @@
 """docs/results says what its data say, and every experiment can be run."""
 
+import csv
 import sys
 from pathlib import Path
 
@@ -47,6 +48,25 @@ def test_tables_and_pictures_come_from_the_data(tmp_path):
         assert table in (ROOT / "docs/results/README.md").read_text()
         reproduce.plot(made, rows, tmp_path / "curves.png")
         assert (folder / "curves.png").exists()
+
+
+def test_what_was_tried_by_hand_ended_as_the_page_says():
+    with (ROOT / "docs/results/tried.csv").open(newline="") as file:
+        rows = [
+            (r["settings"], int(r["step"]), r["scalar"], r["value"]) for r in csv.DictReader(file)
+        ]
+    said = {
+        (settings, step): float(value)
+        for settings, step, scalar, value in rows
+        if scalar == "val/behavior/catchphrase"
+    }
+    page = (ROOT / "docs/results/README.md").read_text()
+    assert "all 32 held-out answers after 20 batches" in page
+    assert said["lr 2e-5, reward for ending", 20] == 1
+    assert "never said the phrase in 30" in page
+    alone = {step: v for (settings, step), v in said.items() if settings.endswith("γ = 0")}
+    assert max(alone) == 30
+    assert not any(alone.values())
 
 
 # Two seeds of one arm, one of the other, by hand.
