@@ -262,7 +262,11 @@ def plot(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:
             if not by_step:
                 continue
             steps, values = list(by_step), list(by_step.values())
-            axis.plot(steps, [mean(v) for v in values], color=f"C{number}", label=arm)
+            # Several arms lie on zero: dashes let those behind be seen.
+            dashes = (0, (4, number)) if number else "-"
+            axis.plot(
+                steps, [mean(v) for v in values], color=f"C{number}", linestyle=dashes, label=arm
+            )
             lowest, highest = [min(v) for v in values], [max(v) for v in values]
             axis.fill_between(steps, lowest, highest, color=f"C{number}", alpha=0.15)
         axis.set_title(title)
