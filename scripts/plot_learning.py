@@ -1,4 +1,4 @@
-"""The picture in README: ``python scripts/plot_learning.py`` (a minute or two).
+"""The picture of docs/results/learning: ``python scripts/plot_learning.py`` (a minute or two).
 
 Runs tests/test_learning.py, a 50-thousand-parameter student trained from scratch to add, and draws
 how often its unguided answers have the phrase that only the teacher says. Writes
