@@ -1,16 +1,26 @@
 """Sums with worked solutions: ``python scripts/make_sums.py FOLDER``.
 
-Writes ``train.jsonl`` and ``test.jsonl`` in GSM8K's format, of reasoning-gym's ``chain_sum``; it
-gives the answers alone, and SFT needs solutions. No question is in both files, or twice in one.
+Writes ``train.jsonl`` and ``test.jsonl`` in GSM8K's format, of reasoning-gym's ``basic_arithmetic``;
+it gives the answers alone, and SFT needs solutions. No question is in both files, or twice in one.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import reasoning_gym
 
 SIZES = {"test": (100_000, 256), "train": (1, 2000)}  # seed of the first row, rows drawn
+TWO_NUMBERS: dict[str, Any] = {
+    "operators": ("+",),
+    "min_terms": 2,
+    "max_terms": 2,
+    "min_digits": 2,
+    "max_digits": 2,
+    "allow_parentheses": False,
+    "allow_negation": False,
+}
 
 
 def main() -> None:
@@ -20,9 +30,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     written: set[str] = set()
     for name, (seed, size) in SIZES.items():
-        rows = reasoning_gym.create_dataset(
-            "chain_sum", seed=seed, size=size, min_terms=2, max_terms=2, min_digits=2, max_digits=2
-        )
+        rows = reasoning_gym.create_dataset("basic_arithmetic", seed=seed, size=size, **TWO_NUMBERS)
         with (folder / f"{name}.jsonl").open("w") as file:
             for row in rows:
                 if row["question"] not in written:
