@@ -1,7 +1,8 @@
 """Sums with worked solutions: ``python scripts/make_sums.py FOLDER``.
 
-Writes ``train.jsonl`` and ``test.jsonl`` in GSM8K's format, of reasoning-gym's ``basic_arithmetic``;
-it gives the answers alone, and SFT needs solutions. No question is in both files, or twice in one.
+Writes ``train.jsonl`` and ``test.jsonl`` in GSM8K's format, of reasoning-gym's
+``basic_arithmetic``; it gives the answers alone, and SFT needs solutions. No question is in both
+files, or twice in one.
 """
 
 import argparse
