@@ -13,12 +13,12 @@ from typing import Any
 import reasoning_gym
 
 SIZES = {"test": (100_000, 256), "train": (1, 2000)}  # seed of the first row, rows drawn
-TWO_NUMBERS: dict[str, Any] = {
+THREE_DIGITS: dict[str, Any] = {
     "operators": ("+",),
-    "min_terms": 2,
-    "max_terms": 2,
-    "min_digits": 2,
-    "max_digits": 2,
+    "min_terms": 3,
+    "max_terms": 3,
+    "min_digits": 1,
+    "max_digits": 1,
     "allow_parentheses": False,
     "allow_negation": False,
 }
@@ -31,7 +31,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     written: set[str] = set()
     for name, (seed, size) in SIZES.items():
-        rows = reasoning_gym.create_dataset("basic_arithmetic", seed=seed, size=size, **TWO_NUMBERS)
+        rows = reasoning_gym.create_dataset("basic_arithmetic", seed=seed, size=size, **THREE_DIGITS)
         with (folder / f"{name}.jsonl").open("w") as file:
             for row in rows:
                 if row["question"] not in written:
