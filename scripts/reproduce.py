@@ -269,6 +269,8 @@ def plot(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:
             )
             lowest, highest = [min(v) for v in values], [max(v) for v in values]
             axis.fill_between(steps, lowest, highest, color=f"C{number}", alpha=0.15)
+        if scalar in experiment.shares:
+            axis.set_ylim(-0.05, 1.05)
         axis.set_title(title)
         axis.set_xlabel("rollout batch")
         axis.grid(alpha=0.3)
