@@ -23,7 +23,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from statistics import mean
@@ -54,10 +54,13 @@ class Experiment:
 
     Attributes:
         config: Paths of the configurations that all arms share, laid over each other.
+        files: Paths of whatever else the runs depend on; when one changes, they are other runs.
         seeds: Each is one run of every arm.
         arms: Settings by dotted names, by the arm's name.
         panels: Scalars that are drawn, with their titles.
         table: Scalars whose last values are the table's columns, with their titles.
+        kept: Scalars that are kept besides, for the text.
+        scale: What a scalar is shown multiplied by, e.g. a reward of 0.5 as a share.
         shares: Which of the table's scalars are shares of held-out answers: these have an interval.
         answers: Held-out answers of one run, that these are shares of.
     """
@@ -67,13 +70,16 @@ class Experiment:
     arms: Mapping[str, Settings]
     panels: Mapping[str, str]
     table: Mapping[str, str]
+    files: Sequence[str] = ()
+    kept: Sequence[str] = ()
+    scale: Mapping[str, float] = field(default_factory=dict)
     shares: Sequence[str] = ()
     answers: int = 0
 
     @property
     def scalars(self) -> list[str]:
         """What is kept of a run."""
-        return sorted({*self.panels, *self.table})
+        return sorted({*self.panels, *self.table, *self.kept})
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ def main() -> None:
 
 def all_runs(experiment: Experiment, root: Path, more: Sequence[str]) -> Iterator[Run]:
     """Every arm with the first seed, then with the second one, …"""
-    shared = "".join(Path(path).read_text() for path in experiment.config)
+    shared = "".join(Path(path).read_text() for path in [*experiment.config, *experiment.files])
     for seed in experiment.seeds:
         for arm, settings in experiment.arms.items():
             flags = [f"--config={path}" for path in experiment.config]
