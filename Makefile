@@ -29,9 +29,9 @@ quickstart: $(VENV)/installed
 	@$(BIN)/python -c 'from thinktuning.policy.embedded import embedded_model; print("model:", embedded_model())'
 	$(BIN)/thinktuning fit --config $(QUICKSTART) $(if $(DATA),--data.source "$(DATA)")
 
-# A result of docs/results, e.g. reproduce-catchphrase; hours.
+# A result of docs/results, e.g. reproduce-catchphrase; hours. AT_ONCE=2 makes two runs at a time.
 reproduce-%: $(VENV)/installed
-	$(BIN)/python scripts/reproduce.py $* $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python scripts/reproduce.py $* $(if $(DATA),--data "$(DATA)") $(if $(AT_ONCE),--at_once $(AT_ONCE))
 
 build/sums/train.jsonl: scripts/make_sums.py $(VENV)/installed
 	$(BIN)/python $< build/sums

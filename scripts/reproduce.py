@@ -9,7 +9,6 @@ Reads ``configs/experiments/NAME.yaml``, runs every arm with every seed, and wri
     table.md       likewise
 
 Runs that are finished are not made again, and one that was stopped goes on: they lie in --runs.
-With ``--add`` those that ``docs/results/NAME`` lists aren't made again either.
 """
 
 import argparse
@@ -27,15 +26,16 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from statistics import mean
-from typing import Any, Self
+from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from thinktuning import runs
-from thinktuning.evaluation.statistics import accuracy_interval, mean_of
+from thinktuning.evaluation.statistics import accuracy_interval
 from thinktuning.provenance import provenance
 
 matplotlib.use("Agg")
@@ -98,43 +98,19 @@ class Run:
         return self.root / "run.json"
 
     @property
-    def start(self) -> Path:
+    def starts(self) -> Path:
+        """What it was made with, a line for every time that it was begun or went on."""
+        return self.root / "starts.jsonl"
+
+    @property
+    def before(self) -> Path:
         """Where the policy was validated before training."""
         return self.root / "start"
 
-
-@dataclass(frozen=True)
-class Results:
-    """What a folder of docs/results has: a record of every run, and all their values."""
-
-    records: list[dict[str, Any]]
-    rows: list[Row]
-
     @property
-    def digests(self) -> set[str]:
-        """Of the runs."""
-        return {record["digest"] for record in self.records}
-
-    @classmethod
-    def read(cls, folder: Path, wanted: Sequence[Run]) -> Self:
-        """Those of the wanted runs that are there; of another configuration none is."""
-        if not (folder / "runs.json").exists():
-            return cls([], [])
-        digests = {run.digest for run in wanted}
-        records = json.loads((folder / "runs.json").read_text())
-        records = [record for record in records if record["digest"] in digests]
-        runs = {(record["arm"], record["seed"]) for record in records}
-        rows = [row for row in read_rows(folder / "scalars.csv") if row[:2] in runs]
-        return cls(records, rows)
-
-    def write(self, folder: Path) -> None:
-        """Replace what is there."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "runs.json").write_text(json.dumps(self.records, indent=1) + "\n")
-        with (folder / "scalars.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["arm", "seed", "step", "scalar", "value"])
-            writer.writerows([*row[:-1], f"{row[-1]:.6g}"] for row in self.rows)
+    def after(self) -> Path:
+        """Where it was behind the last step, if ``fit`` hasn't."""
+        return self.root / "end"
 
 
 def main() -> None:
@@ -143,7 +119,6 @@ def main() -> None:
     parser.add_argument("--data", help="data.source instead of the configuration's")
     parser.add_argument("--runs", type=Path, default=Path("build/reproduce"))
     parser.add_argument("--at_once", type=int, default=1, help="runs that share the cores")
-    parser.add_argument("--add", action="store_true", help="leave out what was made elsewhere")
     parser.add_argument("--plot", action="store_true", help="draw what is there, run nothing")
     arguments = parser.parse_args()
 
@@ -153,12 +128,10 @@ def main() -> None:
     if not arguments.plot:
         more = [f"--data.source={arguments.data}"] if arguments.data else []
         wanted = list(all_runs(experiment, arguments.runs / arguments.name, more))
-        earlier = Results.read(output, wanted) if arguments.add else Results([], [])
-        todo = [run for run in wanted if run.digest not in earlier.digests]
         with ThreadPoolExecutor(arguments.at_once) as pool:
-            for run in pool.map(lambda run: make(run, arguments.at_once), todo):
+            for run in pool.map(lambda run: make(run, arguments.at_once), wanted):
                 print(f"{run.arm}, seed {run.seed}: finished", flush=True)
-                gather(experiment, todo, earlier).write(output)
+                gather(experiment, wanted, output)
     rows = read_rows(output / "scalars.csv")
     plot(experiment, rows, output / "curves.png")
     (output / "table.md").write_text(table(experiment, rows))
@@ -182,22 +155,32 @@ def make(run: Run, at_once: int) -> Run:
     """Train, unless that is done; a run that was stopped goes on."""
     if run.record.exists():
         return run
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    torch.set_num_threads(threads)  # as the run has; provenance tells it
     run.root.mkdir(parents=True, exist_ok=True)
+    with run.starts.open("a") as file:
+        file.write(json.dumps(provenance()) + "\n")
     if not (run.root / "started").exists():
-        shutil.rmtree(run.start, ignore_errors=True)  # of a start that was stopped
-        place = f"--trainer.default_root_dir={run.start}"
-        thinktuning("validate", [*run.arguments, place], run.root, at_once)
+        shutil.rmtree(run.before, ignore_errors=True)  # of a start that was stopped
+        thinktuning("validate", run, run.before, threads)
         (run.root / "started").touch()
-    place = f"--trainer.default_root_dir={run.root}"
-    thinktuning("fit", [*run.arguments, place, "--ckpt_path=last"], run.root, at_once)
+    thinktuning("fit", run, run.root, threads, "--ckpt_path=last")
+    trained = measured(run, "seconds/step")
+    if max(trained) not in measured(run, "val/reward"):
+        shutil.rmtree(run.after, ignore_errors=True)
+        checkpoint = f"--ckpt_path={runs.last_checkpoint(run.root)}"
+        thinktuning("validate", run, run.after, threads, checkpoint)
+    first, *later = [json.loads(line) for line in run.starts.read_text().splitlines()]
     record = {
         "arm": run.arm,
         "seed": run.seed,
         "digest": run.digest,
-        "command": shlex.join(["thinktuning", "fit", *run.arguments]),
-        "minutes": round(sum(measured(run, "seconds/step").values()) / 60, 1),
+        "command": f"OMP_NUM_THREADS={threads} "
+        + shlex.join(["thinktuning", "fit", *run.arguments]),
+        "minutes": round(sum(trained.values()) / 60, 1),
         "runs_at_once": at_once,
-        **provenance(),
+        **first,
+        "resumed": later,
     }
     unfinished = run.record.with_suffix(".tmp")
     unfinished.write_text(json.dumps(record) + "\n")
@@ -207,9 +190,9 @@ def make(run: Run, at_once: int) -> Run:
     return run
 
 
-def thinktuning(verb: str, flags: Sequence[str], root: Path, at_once: int) -> None:
-    threads = max(1, (os.cpu_count() or 1) // at_once)
-    with (root / "output.log").open("a") as log:
+def thinktuning(verb: str, run: Run, place: Path, threads: int, *more: str) -> None:
+    flags = [*run.arguments, f"--trainer.default_root_dir={place}", *more]
+    with (run.root / "output.log").open("a") as log:
         done = subprocess.run(
             [sys.executable, "-m", "thinktuning.cli", verb, *flags],
             stdout=log,
@@ -220,24 +203,29 @@ def thinktuning(verb: str, flags: Sequence[str], root: Path, at_once: int) -> No
         raise RuntimeError(f"thinktuning {verb} ended with {done.returncode}: see {log.name}")
 
 
-def gather(experiment: Experiment, made: Sequence[Run], earlier: Results) -> Results:
-    """What the finished runs have measured, behind earlier ones."""
+def gather(experiment: Experiment, made: Sequence[Run], folder: Path) -> None:
+    """Write down what the finished runs have measured."""
     finished = [run for run in made if run.record.exists()]
     records = [json.loads(run.record.read_text()) for run in finished]
-    rows = [
-        (run.arm, run.seed, step, scalar, value)
-        for run in finished
-        for scalar in experiment.scalars
-        for step, value in sorted(measured(run, scalar).items())
-    ]
-    return Results([*earlier.records, *records], [*earlier.rows, *rows])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "runs.json").write_text(json.dumps(records, indent=1) + "\n")
+    with (folder / "scalars.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["arm", "seed", "step", "scalar", "value"])
+        for run in finished:
+            for scalar in experiment.scalars:
+                for step, value in sorted(measured(run, scalar).items()):
+                    writer.writerow([run.arm, run.seed, step, scalar, f"{value:.6g}"])
 
 
 def measured(run: Run, scalar: str) -> dict[int, float]:
     """Values by the number of rollout batches that were trained on before."""
-    before = [(-1, value) for _, value in logged(run.start, scalar)]
+    before = [(-1, value) for _, value in logged(run.before, scalar)]
     # Of a step that was done twice, the last.
-    return {step + 1: value for step, value in [*before, *logged(run.root, scalar)]}
+    found = {step + 1: value for step, value in [*before, *logged(run.root, scalar)]}
+    if after := [value for _, value in logged(run.after, scalar)]:
+        found[max(measured(run, "seconds/step"))] = after[-1]
+    return found
 
 
 def logged(root: Path, scalar: str) -> Iterator[tuple[int, float]]:
@@ -258,6 +246,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def plot(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:
     """A panel per scalar: the mean over seeds as a line, and from the least to the most."""
+    rows = scaled(rows, experiment.scale)
     width = 4.6 * len(experiment.panels)
     figure, axes = plt.subplots(
         1, len(experiment.panels), figsize=(width, 3.8), layout="constrained", squeeze=False
@@ -286,6 +275,10 @@ def plot(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
+def scaled(rows: Sequence[Row], scale: Mapping[str, float]) -> list[Row]:
+    return [(*row[:4], row[4] * scale.get(row[3], 1)) for row in rows]
+
+
 def values_by_step(rows: Sequence[Row], arm: str, scalar: str) -> dict[int, list[float]]:
     """What the seeds have measured, by step; steps at which one hasn't are left out."""
     seeds = {seed for row_arm, seed, *_ in rows if row_arm == arm}
@@ -298,36 +291,46 @@ def values_by_step(rows: Sequence[Row], arm: str, scalar: str) -> dict[int, list
 
 def table(experiment: Experiment, rows: Sequence[Row]) -> str:
     """The last values as Markdown: the mean over seeds, a share's interval, and every seed's."""
+    rows = scaled(rows, experiment.scale)
     lines = ["| | seeds | " + " | ".join(experiment.table.values()) + " |"]
     lines.append("|---|---|" + "---|" * len(experiment.table))
-    # Every arm of a seed begins with the same weights.
-    begun = {row[1:4]: row[4] for row in rows if row[2] == 0}
-    rows = [*rows, *((BEFORE, *place, value) for place, value in sorted(begun.items()))]
+    # Every run begins with the same weights and answers greedily.
+    begun = {row[3]: row[4] for row in rows if row[2] == 0}
+    rows = [*((BEFORE, 0, 0, scalar, value) for scalar, value in begun.items()), *rows]
     for arm in [BEFORE] * bool(begun) + list(experiment.arms):
         seeds = len({seed for row_arm, seed, *_ in rows if row_arm == arm})
         cells = []
         for scalar in experiment.table:
-            by_step = values_by_step(rows, arm, scalar)
-            last = by_step[max(by_step)] if by_step else []
-            cells.append(cell(last, experiment.answers if scalar in experiment.shares else 0))
+            answers = experiment.answers if scalar in experiment.shares else 0
+            cells.append(cell(last_values(rows, arm, scalar), answers))
         lines.append(f"| {arm} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def cell(values: Sequence[float], answers: int) -> str:
-    """``0.50 [0.40, 0.60] (0.25, 0.75)``: mean, 95 % interval of shares, each seed's.
+def last_values(rows: Sequence[Row], arm: str, scalar: str) -> list[float]:
+    """What each seed has measured last."""
+    last = {
+        seed: value
+        for row_arm, seed, _, row_scalar, value in sorted(rows, key=lambda row: row[2])
+        if (row_arm, row_scalar) == (arm, scalar)
+    }
+    return [last[seed] for seed in sorted(last)]
 
-    The interval is of the sampled questions (Wilson's for each seed, put together as independent
-    ones are); how far runs are apart is in the seeds' own values.
+
+def cell(values: Sequence[float], answers: int) -> str:
+    """``0.50 [0.31, 0.69] (0.25, 0.75)``: mean, 95 % interval of shares, each seed's.
+
+    The interval (Wilson's) is of the questions. All seeds are asked the same ones, so that more
+    seeds don't narrow it; how far runs are apart is in the seeds' own values.
     """
     if not values:
         return ""
-    each = ", ".join(f"{value:.2f}" for value in values)
+    each = f" ({', '.join(f'{value:.2f}' for value in values)})" if len(values) > 1 else ""
     if not answers:
-        return f"{mean(values):.2f} ({each})"
-    hits = [round(value * answers) for value in values]
-    whole = mean_of([accuracy_interval(np.repeat([1.0, 0.0], [k, answers - k])) for k in hits])
-    return f"{whole.value:.2f} [{whole.low:.2f}, {whole.high:.2f}] ({each})"
+        return f"{mean(values):.2f}{each}"
+    hits = round(mean(values) * answers)
+    share = accuracy_interval(np.repeat([1.0, 0.0], [hits, answers - hits]))
+    return f"{mean(values):.2f} [{share.low:.2f}, {share.high:.2f}]{each}"
 
 
 if __name__ == "__main__":

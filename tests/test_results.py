@@ -1,6 +1,7 @@
 """docs/results says what its data say, and every experiment can be run."""
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def test_every_arm_is_a_configuration_that_fit_takes(path, monkeypatch, capsys):
 
 
 def test_tables_and_pictures_come_from_the_data(tmp_path):
+    assert MADE
     for path in MADE:
         made, folder = experiment(path), ROOT / "docs/results" / path.stem
         rows = reproduce.read_rows(folder / "scalars.csv")
@@ -73,53 +75,64 @@ def test_what_was_tried_by_hand_ended_as_the_page_says():
 ROWS = [
     ("a", 1, 0, "x", 0.0),
     ("a", 1, 2, "x", 0.5),
-    ("a", 2, 0, "x", 0.25),
+    ("a", 2, 0, "x", 0.0),
     ("a", 2, 2, "x", 1.0),
     ("a", 1, 3, "x", 0.75),
     ("b", 1, 2, "x", 0.125),
 ]
 
 
-def test_a_table_has_the_last_values_that_every_seed_has():
+def test_a_table_has_the_last_values_of_every_seed():
     arms = {"a": {}, "b": {}, "c": {}}
     made = reproduce.Experiment(["base.yaml"], [1, 2], arms, {"x": "X"}, {"x": "X"})
-    assert reproduce.table(made, ROWS).splitlines() == [
+    rows = [*ROWS, ("b", 2, 0, "x", 0.0)]
+    assert reproduce.table(made, rows).splitlines() == [
         "| | seeds | X |",
         "|---|---|---|",
-        "| before training | 2 | 0.12 (0.00, 0.25) |",
-        "| a | 2 | 0.75 (0.50, 1.00) |",
-        "| b | 1 | 0.12 (0.12) |",
+        "| before training | 1 | 0.00 |",
+        "| a | 2 | 0.88 (0.75, 1.00) |",
+        "| b | 2 | 0.06 (0.12, 0.00) |",
         "| c | 0 |  |",
     ]
-    assert reproduce.values_by_step(ROWS, "a", "x") == {0: [0.0, 0.25], 2: [0.5, 1.0]}
+    assert reproduce.values_by_step(rows, "a", "x") == {0: [0.0, 0.0], 2: [0.5, 1.0]}
 
 
-def test_a_share_has_the_interval_of_its_questions():
-    # Wilson's for 3 of 4 and for 4 of 4: [0.3006, 0.9544] and [0.5101, 1].
+def test_more_seeds_do_not_narrow_the_interval_of_the_same_questions():
+    # Wilson's for 3 of 4: [0.3006, 0.9544]; the reward of 0.5 is shown as a share.
     arms = {"a": {}}
-    made = reproduce.Experiment(["base.yaml"], [1, 2], arms, {}, {"x": "X", "y": "Y"}, ["x"], 4)
+    columns = {"x": "X", "y": "Y"}
+    made = reproduce.Experiment(
+        ["base.yaml"], [1, 2], arms, {}, columns, scale={"x": 2}, shares=["x"], answers=4
+    )
     rows = [
-        ("a", seed, 2, scalar, share) for seed, share in ((1, 0.75), (2, 1.0)) for scalar in "xy"
+        ("a", seed, 2, scalar, value) for seed, value in ((1, 0.25), (2, 0.5)) for scalar in "xy"
     ]
-    # 0.875 - hypot(0.4494, 0.4899) / 2 and 0.875 + hypot(0.2044, 0) / 2
-    shown = "| a | 2 | 0.88 [0.54, 0.98] (0.75, 1.00) | 0.88 (0.75, 1.00) |"
+    shown = "| a | 2 | 0.75 [0.30, 0.95] (0.50, 1.00) | 0.38 (0.25, 0.50) |"
     assert reproduce.table(made, rows).splitlines()[-1] == shown
 
 
-def write_scalars(folder: Path, values: dict[int, float]) -> None:
+def write_scalars(folder: Path, values: dict[int, float], name: str = "x") -> None:
     writer = SummaryWriter(folder)
     for step, value in values.items():
-        writer.add_scalar("x", value, step)
+        writer.add_scalar(name, value, step)
     writer.close()
 
 
 def test_what_a_run_has_measured_is_put_together_from_its_lives(tmp_path):
     run = reproduce.Run("a", 1, "0", tmp_path, ())
-    write_scalars(run.start / "version_0", {0: 0.0})
+    write_scalars(run.before / "version_0", {0: 0.0})
     write_scalars(tmp_path / "version_0", {9: 0.125, 19: 0.25})  # was killed, and did 19 again
     write_scalars(tmp_path / "version_1", {19: 0.5, 29: 1.0})
     assert reproduce.measured(run, "x") == {0: 0.0, 10: 0.125, 20: 0.5, 30: 1.0}
     assert reproduce.measured(run, "y") == {}
+
+
+def test_what_was_measured_behind_the_last_step_counts_for_it(tmp_path):
+    run = reproduce.Run("a", 1, "0", tmp_path, ())
+    write_scalars(tmp_path / "version_0", {9: 0.125})
+    write_scalars(tmp_path / "version_1", {step: 1.0 for step in range(13)}, "seconds/step")
+    write_scalars(run.after / "version_0", {0: 0.5})
+    assert reproduce.measured(run, "x") == {10: 0.125, 13: 0.5}
 
 
 def test_another_configuration_is_another_run(tmp_path):
@@ -134,22 +147,30 @@ def test_another_configuration_is_another_run(tmp_path):
     assert len(folders) == 3
 
 
-def test_what_was_made_elsewhere_is_kept_unless_its_configuration_is_another(tmp_path):
+def test_a_file_that_an_experiment_names_makes_other_runs(tmp_path):
+    base, behavior = tmp_path / "base.yaml", tmp_path / "behavior.yaml"
+    base.write_text("a: 1")
+    folders = set()
+    for content in ("name: x", "name: y"):
+        behavior.write_text(content)
+        made = reproduce.Experiment(
+            [str(base)], [1], {"an arm": {}}, {}, {}, files=[str(behavior)]
+        )
+        (run,) = reproduce.all_runs(made, tmp_path, [])
+        folders.add(run.root)
+    assert len(folders) == 2
+
+
+def test_finished_runs_are_gathered(tmp_path):
     base = tmp_path / "base.yaml"
     base.write_text("a: 1")
-    made = reproduce.Experiment([str(base)], [1, 2], {"a": {}}, {"x": "X"}, {"x": "X"})
-    elsewhere, here = reproduce.all_runs(made, tmp_path / "runs", [])
-    other = reproduce.Run("a", 3, "other", tmp_path / "other", ())
-    for run, value in ((elsewhere, 0.5), (other, 0.75), (here, 1.0)):
+    made = reproduce.Experiment([str(base)], [1, 2], {"a": {}}, {"x": "X"}, {"x": "X"}, kept=["z"])
+    finished, unfinished = reproduce.all_runs(made, tmp_path / "runs", [])
+    for run, value in ((finished, 0.5), (unfinished, 0.75)):
         write_scalars(run.root / "version_0", {9: value})
-        write_scalars(run.start / "version_0", {})
-        run.record.write_text(f'{{"arm": "a", "seed": {run.seed}, "digest": "{run.digest}"}}')
-    folder = tmp_path / "results"
-    assert not reproduce.Results.read(folder, [elsewhere, here]).records, "nothing is there yet"
-    nothing = reproduce.Results([], [])
-    reproduce.gather(made, [elsewhere, other], nothing).write(folder)
-    earlier = reproduce.Results.read(folder, [elsewhere, here])
-    assert earlier.digests == {elsewhere.digest}
-    both = reproduce.gather(made, [here], earlier)
-    assert both.digests == {elsewhere.digest, here.digest}
-    assert both.rows == [("a", 1, 10, "x", 0.5), ("a", 2, 10, "x", 1.0)]
+        write_scalars(run.root / "version_0", {9: 2 * value}, "z")
+    finished.record.write_text('{"arm": "a", "seed": 1}')
+    reproduce.gather(made, [finished, unfinished], tmp_path / "results")
+    assert json.loads((tmp_path / "results/runs.json").read_text()) == [{"arm": "a", "seed": 1}]
+    rows = reproduce.read_rows(tmp_path / "results/scalars.csv")
+    assert rows == [("a", 1, 10, "x", 0.5), ("a", 1, 10, "z", 1.0)]
