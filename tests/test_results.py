@@ -153,9 +153,7 @@ def test_a_file_that_an_experiment_names_makes_other_runs(tmp_path):
     folders = set()
     for content in ("name: x", "name: y"):
         behavior.write_text(content)
-        made = reproduce.Experiment(
-            [str(base)], [1], {"an arm": {}}, {}, {}, files=[str(behavior)]
-        )
+        made = reproduce.Experiment([str(base)], [1], {"an arm": {}}, {}, {}, files=[str(behavior)])
         (run,) = reproduce.all_runs(made, tmp_path, [])
         folders.add(run.root)
     assert len(folders) == 2
