@@ -122,8 +122,7 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="draw what is there, run nothing")
     arguments = parser.parse_args()
 
-    file = Path("configs/experiments") / f"{arguments.name}.yaml"
-    experiment = Experiment(**yaml.safe_load(file.read_text()))
+    experiment = read_experiment(Path("configs/experiments") / f"{arguments.name}.yaml")
     output = Path("docs/results") / arguments.name
     if not arguments.plot:
         more = [f"--data.source={arguments.data}"] if arguments.data else []
@@ -135,6 +134,14 @@ def main() -> None:
     rows = read_rows(output / "scalars.csv")
     plot(experiment, rows, output / "curves.png")
     (output / "table.md").write_text(table(experiment, rows))
+
+
+def read_experiment(path: Path) -> Experiment:
+    """``like: NAME`` takes what the file doesn't say from NAME's, in the same folder."""
+    settings = yaml.safe_load(path.read_text())
+    if name := settings.pop("like", None):
+        settings = yaml.safe_load(path.with_stem(name).read_text()) | settings
+    return Experiment(**settings)
 
 
 def all_runs(experiment: Experiment, root: Path, more: Sequence[str]) -> Iterator[Run]:

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from thinktuning.cli import main
@@ -21,14 +20,10 @@ MADE = [path for path in EXPERIMENTS if (ROOT / "docs/results" / path.stem).exis
 every_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 
 
-def experiment(path: Path) -> reproduce.Experiment:
-    return reproduce.Experiment(**yaml.safe_load(path.read_text()))
-
-
 @every_experiment
 def test_every_arm_is_a_configuration_that_fit_takes(path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    made = experiment(path)
+    made = reproduce.read_experiment(path)
     runs = list(reproduce.all_runs(made, Path("build"), ["--data.source=questions.jsonl"]))
     assert len({run.root for run in runs}) == len(made.arms) * len(made.seeds)
     printed = set()
@@ -43,7 +38,7 @@ def test_every_arm_is_a_configuration_that_fit_takes(path, monkeypatch, capsys):
 def test_tables_and_pictures_come_from_the_data(tmp_path):
     assert MADE
     for path in MADE:
-        made, folder = experiment(path), ROOT / "docs/results" / path.stem
+        made, folder = reproduce.read_experiment(path), ROOT / "docs/results" / path.stem
         rows = reproduce.read_rows(folder / "scalars.csv")
         table = reproduce.table(made, rows)
         assert (folder / "table.md").read_text() == table
@@ -133,6 +128,15 @@ def test_what_was_measured_behind_the_last_step_counts_for_it(tmp_path):
     write_scalars(tmp_path / "version_1", {step: 1.0 for step in range(13)}, "seconds/step")
     write_scalars(run.after / "version_0", {0: 0.5})
     assert reproduce.measured(run, "x") == {10: 0.125, 13: 0.5}
+
+
+def test_an_experiment_is_like_another_where_it_says_nothing(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "{config: [base.yaml], seeds: [1, 2], arms: {x: {}}, panels: {p: P}, table: {t: T}}"
+    )
+    (tmp_path / "b.yaml").write_text("{like: a, seeds: [3], arms: {y: {}}}")
+    expected = reproduce.Experiment(["base.yaml"], [3], {"y": {}}, {"p": "P"}, {"t": "T"})
+    assert reproduce.read_experiment(tmp_path / "b.yaml") == expected
 
 
 def test_another_configuration_is_another_run(tmp_path):
