@@ -3,8 +3,11 @@
 import csv
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
 
+import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
@@ -45,6 +48,73 @@ def test_tables_and_pictures_come_from_the_data(tmp_path):
         assert table in (ROOT / "docs/results/README.md").read_text()
         reproduce.plot(made, rows, tmp_path / "curves.png")
         assert (folder / "curves.png").exists()
+
+
+def on_the_page(sentence: str) -> bool:
+    page = (ROOT / "docs/results/README.md").read_text()
+    return sentence in " ".join(page.replace("**", "").split())
+
+
+class Results:
+    """What was measured in the runs of an experiment, for what the page says of them."""
+
+    def __init__(self, name: str) -> None:
+        folder = ROOT / "docs/results" / name
+        self.rows = reproduce.read_rows(folder / "scalars.csv")
+        self.runs = json.loads((folder / "runs.json").read_text())
+
+    def of(self, arm: str, scalar: str, steps: range) -> list[list[float]]:
+        """Values of every seed, at those of the steps that have one."""
+        seeds = sorted({seed for a, seed, *_ in self.rows if a == arm})
+        return [
+            [
+                v
+                for a, s, step, x, v in self.rows
+                if (a, s, x) == (arm, seed, scalar) and step in steps
+            ]
+            for seed in seeds
+        ]
+
+    def minutes(self, *arms: str) -> str:
+        found = [run["minutes"] for run in self.runs if run["arm"] in arms]
+        return f"{min(found):.0f} to {max(found):.0f}"
+
+
+def span(values: Iterable[float], digits: int) -> str:
+    values = list(values)
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def with_gradient(made: Results, arm: str, steps: range) -> list[int]:
+    """Batches of every seed with a group whose answers were rewarded differently."""
+    return [sum(v < 1 for v in seed) for seed in made.of(arm, "groups/zero_variance", steps)]
+
+
+def test_what_the_page_says_of_the_phrase_is_in_the_data():
+    made = Results("catchphrase")
+    grpo, first, last = "GRPO (γ = 0)", range(1, 11), range(19, 26)
+
+    def rewards(who: str, steps: range, digits: int) -> str:
+        seeds = made.of("ThinkTuning", f"reward/{who}", steps)
+        return span([mean(values) for values in seeds], digits)
+
+    assert on_the_page(
+        f"Guided answers earn {rewards('guided', first, 1)} on average in the first ten batches, "
+        f"unguided ones {rewards('unguided', first, 2)}; in the last seven "
+        f"{rewards('guided', last, 1)} and {rewards('unguided', last, 1)}"
+    )
+    assert not np.any(made.of(grpo, "reward/PhraseReward", range(1, 26)))
+    one, three, six = with_gradient(made, grpo, range(1, 26))
+    assert on_the_page(f"{one}, {three} and {six} batches of 25 had any gradient")
+    early = made.of("no shaping", "val/behavior/catchphrase", range(10, 11))
+    assert on_the_page(f"{span(np.ravel(early), 2)} of the answers after ten batches")
+    guided = made.minutes("ThinkTuning", "plain clipped ratio", "LUFFY's shaping", "no shaping")
+    assert on_the_page(f"{guided} for guided runs and {made.minutes(grpo)} for GRPO")
+
+    longer = Results("same_minutes")
+    assert not np.any(longer.of(grpo, "reward/PhraseReward", range(1, 141)))
+    fewest, _, most = sorted(with_gradient(longer, grpo, range(1, 141)))
+    assert on_the_page(f"{fewest} to {most} of the 140 batches had any gradient")
 
 
 def test_what_was_tried_by_hand_ended_as_the_page_says():
