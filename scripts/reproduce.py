@@ -7,6 +7,8 @@ Reads ``configs/experiments/NAME.yaml``, runs every arm with every seed, and wri
     runs.json      every run that was made: command, minutes, machine, versions, commit
     curves.png     drawn from scalars.csv alone; ``--plot`` draws it again
     table.md       likewise
+    answers.csv    where the experiment names a reflection: what students said of themselves
+    reflections.*  what their reflections did, drawn from answers.csv alone
 
 Runs that are finished are not made again, and one that was stopped goes on: they lie in --runs.
 """
@@ -24,12 +26,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import matplotlib
 import numpy as np
+import reflections
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -63,6 +67,7 @@ class Experiment:
         scale: What a scalar is shown multiplied by, e.g. a reward of 0.5 as a share.
         shares: Which of the table's scalars are shares of held-out answers: these have an interval.
         answers: Held-out answers of one run, that these are shares of.
+        reflection: Pattern of what a reflection begins with, to see what it does to answers.
     """
 
     config: Sequence[str]
@@ -75,6 +80,7 @@ class Experiment:
     scale: Mapping[str, float] = field(default_factory=dict)
     shares: Sequence[str] = ()
     answers: int = 0
+    reflection: str = ""
 
     @property
     def scalars(self) -> list[str]:
@@ -134,6 +140,10 @@ def main() -> None:
     rows = read_rows(output / "scalars.csv")
     plot(experiment, rows, output / "curves.png")
     (output / "table.md").write_text(table(experiment, rows))
+    if experiment.reflection:
+        answers = reflections.read_answers(output / "answers.csv")
+        reflections.plot(answers, experiment.reflection, output / "reflections.png")
+        (output / "reflections.md").write_text(reflections.table(answers, experiment.reflection))
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -172,8 +182,7 @@ def make(run: Run, at_once: int) -> Run:
         thinktuning("validate", run, run.before, threads)
         (run.root / "started").touch()
     thinktuning("fit", run, run.root, threads, "--ckpt_path=last")
-    trained = measured(run, "seconds/step")
-    if max(trained) not in measured(run, "val/reward"):
+    if max(measured(run, "seconds/step")) not in measured(run, "val/reward"):
         shutil.rmtree(run.after, ignore_errors=True)
         checkpoint = f"--ckpt_path={runs.last_checkpoint(run.root)}"
         thinktuning("validate", run, run.after, threads, checkpoint)
@@ -184,7 +193,6 @@ def make(run: Run, at_once: int) -> Run:
         "digest": run.digest,
         "command": f"OMP_NUM_THREADS={threads} "
         + shlex.join(["thinktuning", "fit", *run.arguments]),
-        "minutes": round(sum(trained.values()) / 60, 1),
         "runs_at_once": at_once,
         **first,
         "resumed": later,
@@ -213,7 +221,9 @@ def thinktuning(verb: str, run: Run, place: Path, threads: int, *more: str) -> N
 def gather(experiment: Experiment, made: Sequence[Run], folder: Path) -> None:
     """Write down what the finished runs have measured."""
     finished = [run for run in made if run.record.exists()]
-    records = [json.loads(run.record.read_text()) for run in finished]
+    records = [
+        json.loads(run.record.read_text()) | {"minutes": round(minutes(run), 1)} for run in finished
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "runs.json").write_text(json.dumps(records, indent=1) + "\n")
     with (folder / "scalars.csv").open("w", newline="") as file:
@@ -223,6 +233,15 @@ def gather(experiment: Experiment, made: Sequence[Run], folder: Path) -> None:
             for scalar in experiment.scalars:
                 for step, value in sorted(measured(run, scalar).items()):
                     writer.writerow([run.arm, run.seed, step, scalar, f"{value:.6g}"])
+    if experiment.reflection:
+        found = (reflections.read_audit(r.arm, r.seed, runs.versions(r.root)) for r in finished)
+        reflections.write_answers(chain.from_iterable(found), folder / "answers.csv")
+
+
+def minutes(run: Run) -> float:
+    """What training took, and for STaR its collections; validations come on top."""
+    taken = [measured(run, f"seconds/{work}") for work in ("step", "collection")]
+    return sum(second for seconds in taken for second in seconds.values()) / 60
 
 
 def measured(run: Run, scalar: str) -> dict[int, float]:

@@ -48,6 +48,13 @@ def test_tables_and_pictures_come_from_the_data(tmp_path):
         assert table in (ROOT / "docs/results/README.md").read_text()
         reproduce.plot(made, rows, tmp_path / "curves.png")
         assert (folder / "curves.png").exists()
+        if made.reflection:
+            answers = reproduce.reflections.read_answers(folder / "answers.csv")
+            table = reproduce.reflections.table(answers, made.reflection)
+            assert (folder / "reflections.md").read_text() == table
+            assert table in (ROOT / "docs/results/README.md").read_text()
+            reproduce.reflections.plot(answers, made.reflection, tmp_path / "reflections.png")
+            assert (folder / "reflections.png").exists()
 
 
 def on_the_page(sentence: str) -> bool:
@@ -241,8 +248,12 @@ def test_finished_runs_are_gathered(tmp_path):
     for run, value in ((finished, 0.5), (unfinished, 0.75)):
         write_scalars(run.root / "version_0", {9: value})
         write_scalars(run.root / "version_0", {9: 2 * value}, "z")
+        write_scalars(run.root / "version_0", {0: 60.0, 1: 30.0}, "seconds/step")
+        write_scalars(run.root / "version_0", {0: 30.0}, "seconds/collection")
     finished.record.write_text('{"arm": "a", "seed": 1}')
     reproduce.gather(made, [finished, unfinished], tmp_path / "results")
-    assert json.loads((tmp_path / "results/runs.json").read_text()) == [{"arm": "a", "seed": 1}]
+    assert json.loads((tmp_path / "results/runs.json").read_text()) == [
+        {"arm": "a", "seed": 1, "minutes": 2.0}
+    ]
     rows = reproduce.read_rows(tmp_path / "results/scalars.csv")
     assert rows == [("a", 1, 10, "x", 0.5), ("a", 1, 10, "z", 1.0)]
