@@ -1,8 +1,8 @@
 """What reflections do to a student's own answers; scripts/reproduce.py calls this.
 
 Looks at the answers that the teacher was given to read, as they were before it added to them: drawn
-uniformly from those that ended, on questions that the student hasn't seen before. Was an answer
-right before its reflection began, and is it in the end?
+uniformly from those that ended, each on a question that the student wasn't trained on before. Where
+an answer reflects: was the answer that it gives first right, and is the one that it ends on?
 """
 
 import csv
@@ -10,15 +10,15 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import NamedTuple
 
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from thinktuning.callbacks.audit import audit_files
 from thinktuning.rewards.maths import last_boxed
 
-WINDOW = 5
+WINDOW = 10
 """Batches that are taken together."""
 
 
@@ -28,6 +28,7 @@ class Answer(NamedTuple):
     arm: str
     seed: int
     step: int
+    right: bool  # as it was rewarded
     gold: str
     text: str
 
@@ -39,7 +40,8 @@ def read_audit(arm: str, seed: int, folders: Iterable[Path]) -> list[Answer]:
         found: dict[int, list[Answer]] = {}
         for file in audit_files(folder):
             for row in map(json.loads, file.read_text().splitlines()):
-                answer = Answer(arm, seed, row["step"] + 1, row["gold"], row["student"])
+                right = row["before"]["outcome"] == "correct"
+                answer = Answer(arm, seed, row["step"] + 1, right, row["gold"], row["student"])
                 found.setdefault(answer.step, []).append(answer)
         batches |= found
     return [answer for step in sorted(batches) for answer in batches[step]]
@@ -55,39 +57,45 @@ def write_answers(answers: Iterable[Answer], path: Path) -> None:
 def read_answers(path: Path) -> list[Answer]:
     with path.open(newline="") as file:
         return [
-            Answer(row["arm"], int(row["seed"]), int(row["step"]), row["gold"], row["text"])
-            for row in csv.DictReader(file)
+            Answer(arm, int(seed), int(step), right == "True", gold, text)
+            for arm, seed, step, right, gold, text in list(csv.reader(file))[1:]
         ]
 
 
-class Share(NamedTuple):
-    """What became of some answers; shares in [0, 1] of all of them."""
+class Count(NamedTuple):
+    """How many answers; those behind the second are of answers that reflect."""
 
     answers: int
-    reflected: float
-    right_before: float
-    right: float
-    mended: float
-    spoiled: float
+    reflecting: int
+    first_right: int
+    last_right: int
+    mended: int
+    spoiled: int
 
 
-def share(answers: Sequence[Answer], begins: str) -> Share:
-    """Args: answers, at least one; begins, the pattern of what a reflection begins with."""
-    judged = [judge(answer, begins) for answer in answers]
-    return Share(
+def count(answers: Sequence[Answer], begins: str) -> Count:
+    """Args: answers; begins, the pattern of what a reflection begins with, in any case."""
+    judged = [found for answer in answers if (found := judge(answer, begins)) is not None]
+    return Count(
         len(answers),
-        mean(re.search(begins, answer.text) is not None for answer in answers),
-        mean(before for before, _ in judged),
-        mean(after for _, after in judged),
-        mean(after and not before for before, after in judged),
-        mean(before and not after for before, after in judged),
+        len(judged),
+        sum(first is True for first, _ in judged),
+        sum(last for _, last in judged),
+        sum(first is False and last for first, last in judged),
+        sum(first is True and not last for first, last in judged),
     )
 
 
-def judge(answer: Answer, begins: str) -> tuple[bool, bool]:
-    """Whether it is right before the first reflection, and in the end; the same without one."""
-    before = re.split(begins, answer.text, maxsplit=1)[0]
-    return last_boxed(before) == answer.gold, last_boxed(answer.text) == answer.gold
+def judge(answer: Answer, begins: str) -> tuple[bool | None, bool] | None:
+    """Whether the first answer is right, None if there is none before the reflection; and the last.
+
+    None if it doesn't reflect.
+    """
+    before, *reflections = re.split(begins, answer.text, maxsplit=1, flags=re.IGNORECASE)
+    if not reflections:
+        return None
+    first = last_boxed(before)
+    return (None if first is None else first == answer.gold), answer.right
 
 
 def windows(answers: Sequence[Answer]) -> dict[int, list[Answer]]:
@@ -98,41 +106,52 @@ def windows(answers: Sequence[Answer]) -> dict[int, list[Answer]]:
     return dict(sorted(found.items()))
 
 
+def by_arm_and_seed(answers: Sequence[Answer]) -> dict[tuple[str, int], list[Answer]]:
+    found: dict[tuple[str, int], list[Answer]] = {}
+    for answer in answers:
+        found.setdefault((answer.arm, answer.seed), []).append(answer)
+    return found
+
+
 def table(answers: Sequence[Answer], begins: str) -> str:
-    """Markdown: a row per arm and window of batches, all seeds together."""
-    titles = ["answers", "with a reflection", "right before it", "right in the end"]
-    lines = ["| | batches | " + " | ".join([*titles, "mended", "spoiled"]) + " |"]
-    lines.append("|---|---|" + "---|" * 6)
-    for arm in dict.fromkeys(answer.arm for answer in answers):
-        for last, some in windows([a for a in answers if a.arm == arm]).items():
-            count, *shares = share(some, begins)
-            cells = [f"{last - WINDOW + 1} to {last}", str(count), *(f"{x:.2f}" for x in shares)]
-            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    """Markdown: a row per arm, seed and window of batches."""
+    titles = ["arm", "seed", "batches", "answers", "that reflect", "of these, first answer right"]
+    titles += ["last answer right", "wrong, then right", "right, then wrong"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for (arm, seed), own in by_arm_and_seed(answers).items():
+        for last, some in windows(own).items():
+            cells = [
+                arm,
+                str(seed),
+                f"{last - WINDOW + 1} to {last}",
+                *map(str, count(some, begins)),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def plot(answers: Sequence[Answer], begins: str, path: Path) -> None:
-    """For every arm: right before the reflection and in the end; the mean and range of seeds."""
+def plot(answers: Sequence[Answer], begins: str) -> Figure:
+    """First and last answers that are right, of those that reflect: bars for windows, all seeds."""
     arms = list(dict.fromkeys(answer.arm for answer in answers))
     figure, axes = plt.subplots(
-        1, len(arms), figsize=(5.2 * len(arms), 3.6), layout="constrained", squeeze=False
+        1, len(arms), figsize=(5.6 * len(arms), 3.6), layout="constrained", squeeze=False
     )
     for axis, arm in zip(axes.flat, arms, strict=True):
-        seeds = sorted({answer.seed for answer in answers if answer.arm == arm})
-        by_seed = [windows([a for a in answers if (a.arm, a.seed) == (arm, s)]) for s in seeds]
-        steps = sorted(set.intersection(*(set(found) for found in by_seed)))
-        lines = {"right_before": "right before the reflection", "right": "right in the end"}
-        for number, (field, label) in enumerate(lines.items()):
-            values = [
-                [getattr(share(found[step], begins), field) for found in by_seed] for step in steps
-            ]
-            axis.plot(steps, [mean(v) for v in values], color=f"C{1 - number}", label=label)
-            lowest, highest = [min(v) for v in values], [max(v) for v in values]
-            axis.fill_between(steps, lowest, highest, color=f"C{1 - number}", alpha=0.15)
-        axis.set_ylim(-0.05, 1.05)
-        axis.set_title(f"{arm}: the student's own answers")
-        axis.set_xlabel("rollout batch")
-        axis.grid(alpha=0.3)
-        axis.legend(loc="upper left", frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        counts = {
+            last: count(some, begins)
+            for last, some in windows([a for a in answers if a.arm == arm]).items()
+        }
+        names = [f"{last - WINDOW + 1} to {last}" for last in counts]
+        places = range(len(names))
+        for shift, color, label, values in (
+            (-0.27, "0.8", "reflect", [c.reflecting for c in counts.values()]),
+            (0.0, "C1", "reflect, first answer right", [c.first_right for c in counts.values()]),
+            (0.27, "C0", "reflect, last answer right", [c.last_right for c in counts.values()]),
+        ):
+            axis.bar([p + shift for p in places], values, 0.25, color=color, label=label)
+        axis.set_xticks(list(places), names)
+        axis.set_xlabel("rollout batches")
+        answered = ", ".join(str(c.answers) for c in counts.values())
+        axis.set_title(f"{arm}: of {answered} answers, how many", fontsize="medium")
+        axis.legend(frameon=False)
+    return figure

@@ -44,6 +44,8 @@ from thinktuning.provenance import provenance
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 Settings = Mapping[str, Any]
 Row = tuple[str, int, int, str, float]
@@ -61,12 +63,14 @@ class Experiment:
         files: Paths of whatever else the runs depend on; when one changes, they are other runs.
         seeds: Each is one run of every arm.
         arms: Settings by dotted names, by the arm's name.
-        panels: Scalars that are drawn, with their titles.
+        panels: Scalars that are drawn, with their titles. ``minutes`` is one besides the trainer's:
+            of training, from its beginning.
         table: Scalars whose last values are the table's columns, with their titles.
         kept: Scalars that are kept besides, for the text.
         scale: What a scalar is shown multiplied by, e.g. a reward of 0.5 as a share.
         shares: Which of the table's scalars are shares of held-out answers: these have an interval.
         answers: Held-out answers of one run, that these are shares of.
+        across: Scalar that they are drawn over, instead of the number of batches.
         reflection: Pattern of what a reflection begins with, to see what it does to answers.
     """
 
@@ -80,12 +84,13 @@ class Experiment:
     scale: Mapping[str, float] = field(default_factory=dict)
     shares: Sequence[str] = ()
     answers: int = 0
+    across: str = ""
     reflection: str = ""
 
     @property
     def scalars(self) -> list[str]:
         """What is kept of a run."""
-        return sorted({*self.panels, *self.table, *self.kept})
+        return sorted({*self.panels, *self.table, *self.kept} | {self.across} - {""})
 
 
 @dataclass(frozen=True)
@@ -138,12 +143,12 @@ def main() -> None:
                 print(f"{run.arm}, seed {run.seed}: finished", flush=True)
                 gather(experiment, wanted, output)
     rows = read_rows(output / "scalars.csv")
-    plot(experiment, rows, output / "curves.png")
+    save(plot(experiment, rows), output / "curves.png", rows)
     (output / "table.md").write_text(table(experiment, rows))
-    if experiment.reflection:
+    if begins := experiment.reflection:
         answers = reflections.read_answers(output / "answers.csv")
-        reflections.plot(answers, experiment.reflection, output / "reflections.png")
-        (output / "reflections.md").write_text(reflections.table(answers, experiment.reflection))
+        save(reflections.plot(answers, begins), output / "reflections.png", answers)
+        (output / "reflections.md").write_text(reflections.table(answers, begins))
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -182,10 +187,16 @@ def make(run: Run, at_once: int) -> Run:
         thinktuning("validate", run, run.before, threads)
         (run.root / "started").touch()
     thinktuning("fit", run, run.root, threads, "--ckpt_path=last")
-    if max(measured(run, "seconds/step")) not in measured(run, "val/reward"):
+    if max(measured(run, "seconds/step")) not in measured(run, "val/accuracy"):
         shutil.rmtree(run.after, ignore_errors=True)
-        checkpoint = f"--ckpt_path={runs.last_checkpoint(run.root)}"
-        thinktuning("validate", run, run.after, threads, checkpoint)
+        run.after.mkdir()
+        trained = runs.last_checkpoint(run.root)
+        assert trained is not None
+        # What is validated in a run's folder is written into that run, as of its first step.
+        elsewhere = run.after / "trained.ckpt"
+        elsewhere.symlink_to(trained.absolute())
+        thinktuning("validate", run, run.after, threads, f"--ckpt_path={elsewhere}")
+        elsewhere.unlink()
     first, *later = [json.loads(line) for line in run.starts.read_text().splitlines()]
     record = {
         "arm": run.arm,
@@ -222,7 +233,8 @@ def gather(experiment: Experiment, made: Sequence[Run], folder: Path) -> None:
     """Write down what the finished runs have measured."""
     finished = [run for run in made if run.record.exists()]
     records = [
-        json.loads(run.record.read_text()) | {"minutes": round(minutes(run), 1)} for run in finished
+        json.loads(run.record.read_text()) | {"minutes": round(max(minutes(run).values()), 1)}
+        for run in finished
     ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "runs.json").write_text(json.dumps(records, indent=1) + "\n")
@@ -238,20 +250,28 @@ def gather(experiment: Experiment, made: Sequence[Run], folder: Path) -> None:
         reflections.write_answers(chain.from_iterable(found), folder / "answers.csv")
 
 
-def minutes(run: Run) -> float:
-    """What training took, and for STaR its collections; validations come on top."""
-    taken = [measured(run, f"seconds/{work}") for work in ("step", "collection")]
-    return sum(second for seconds in taken for second in seconds.values()) / 60
+def minutes(run: Run) -> dict[int, float]:
+    """What training took up to a step, for STaR with its collections; validations come on top."""
+    steps, collections = (logged_last(run, f"seconds/{work}") for work in ("step", "collection"))
+    taken = [steps[step] + collections.get(step, 0) for step in sorted(steps)]
+    return {0: 0.0} | dict(zip(sorted(steps), np.cumsum(taken) / 60, strict=True))
 
 
 def measured(run: Run, scalar: str) -> dict[int, float]:
     """Values by the number of rollout batches that were trained on before."""
-    before = [(-1, value) for _, value in logged(run.before, scalar)]
-    # Of a step that was done twice, the last.
-    found = {step + 1: value for step, value in [*before, *logged(run.root, scalar)]}
+    if scalar == "minutes":
+        return minutes(run)
+    found = logged_last(run, scalar)
+    if before := [value for _, value in logged(run.before, scalar)]:
+        found[0] = before[-1]
     if after := [value for _, value in logged(run.after, scalar)]:
-        found[max(measured(run, "seconds/step"))] = after[-1]
+        found[max(logged_last(run, "seconds/step"))] = after[-1]
     return found
+
+
+def logged_last(run: Run, scalar: str) -> dict[int, float]:
+    """What ``fit`` logged, by the number of batches; of a step that was made twice, the last."""
+    return {step + 1: value for step, value in logged(run.root, scalar)}
 
 
 def logged(root: Path, scalar: str) -> Iterator[tuple[int, float]]:
@@ -270,8 +290,8 @@ def read_rows(path: Path) -> list[Row]:
         ]
 
 
-def plot(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:
-    """A panel per scalar: the mean over seeds as a line, and from the least to the most."""
+def plot(experiment: Experiment, rows: Sequence[Row]) -> Figure:
+    """A panel per scalar: a thin line for every seed, and a thick one for their mean."""
     rows = scaled(rows, experiment.scale)
     width = 4.6 * len(experiment.panels)
     figure, axes = plt.subplots(
@@ -279,84 +299,120 @@ def plot(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:
     )
     for axis, (scalar, title) in zip(axes.flat, experiment.panels.items(), strict=True):
         for number, arm in enumerate(experiment.arms):
-            by_step = values_by_step(rows, arm, scalar)
-            if not by_step:
-                continue
-            steps, values = list(by_step), list(by_step.values())
-            # Several arms lie on zero: dashes let those behind be seen.
-            dashes = (0, (4, number)) if number else "-"
-            axis.plot(
-                steps, [mean(v) for v in values], color=f"C{number}", linestyle=dashes, label=arm
-            )
-            lowest, highest = [min(v) for v in values], [max(v) for v in values]
-            axis.fill_between(steps, lowest, highest, color=f"C{number}", alpha=0.15)
+            draw(axis, experiment, rows, arm, scalar, number)
         if scalar in experiment.shares:
             axis.set_ylim(-0.05, 1.05)
         axis.set_title(title)
-        axis.set_xlabel("rollout batch")
+        axis.set_xlabel(experiment.across or "rollout batch")
         axis.grid(alpha=0.3)
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def draw(
+    axis: Axes, experiment: Experiment, rows: Sequence[Row], arm: str, scalar: str, number: int
+) -> None:
+    """The lines of one arm; ``number`` is its place among the arms."""
+    by_seed = series(rows, arm, scalar)
+    across = series(rows, arm, experiment.across)
+    for seed, values in by_seed.items():
+        places = [across[seed][step] if across else step for step in values]
+        axis.plot(places, list(values.values()), color=f"C{number}", linewidth=0.7, alpha=0.5)
+    if together := common(by_seed):
+        at = common(across)
+        # Several arms lie on zero: dashes let those behind be seen.
+        axis.plot(
+            [mean(at[step]) if across else step for step in together],
+            [mean(values) for values in together.values()],
+            color=f"C{number}",
+            linestyle=(0, (4, number)) if number else "-",
+            linewidth=2,
+            label=arm,
+        )
+
+
+def save(figure: Figure, path: Path, data: Sequence[object]) -> None:
+    """Write a picture that tells what data it was drawn from."""
+    figure.savefig(path, dpi=110, metadata={"Source": fingerprint(data)})
     plt.close(figure)
+
+
+def fingerprint(data: Sequence[object]) -> str:
+    return sha256(repr(list(data)).encode()).hexdigest()
 
 
 def scaled(rows: Sequence[Row], scale: Mapping[str, float]) -> list[Row]:
     return [(*row[:4], row[4] * scale.get(row[3], 1)) for row in rows]
 
 
-def values_by_step(rows: Sequence[Row], arm: str, scalar: str) -> dict[int, list[float]]:
-    """What the seeds have measured, by step; steps at which one hasn't are left out."""
-    seeds = {seed for row_arm, seed, *_ in rows if row_arm == arm}
-    found: dict[int, list[float]] = {}
-    for row_arm, _, step, row_scalar, value in sorted(rows, key=lambda row: row[2]):
+def series(rows: Sequence[Row], arm: str, scalar: str) -> dict[int, dict[int, float]]:
+    """Values by seed and step, both ascending."""
+    found: dict[int, dict[int, float]] = {}
+    for row_arm, seed, step, row_scalar, value in sorted(rows, key=lambda row: row[1:3]):
         if (row_arm, row_scalar) == (arm, scalar):
-            found.setdefault(step, []).append(value)
-    return {step: values for step, values in found.items() if len(values) == len(seeds)}
+            found.setdefault(seed, {})[step] = value
+    return found
+
+
+def common(by_seed: Mapping[int, Mapping[int, float]]) -> dict[int, list[float]]:
+    """What the seeds have measured, by step; steps at which one hasn't are left out."""
+    steps = set.intersection(*map(set, by_seed.values())) if by_seed else set()
+    return {step: [values[step] for values in by_seed.values()] for step in sorted(steps)}
 
 
 def table(experiment: Experiment, rows: Sequence[Row]) -> str:
-    """The last values as Markdown: the mean over seeds, a share's interval, and every seed's."""
+    """The last values as Markdown: every seed's, a share's with its interval, and their mean."""
     rows = scaled(rows, experiment.scale)
-    lines = ["| | seeds | " + " | ".join(experiment.table.values()) + " |"]
-    lines.append("|---|---|" + "---|" * len(experiment.table))
     # Every run begins with the same weights and answers greedily.
-    begun = {row[3]: row[4] for row in rows if row[2] == 0}
-    rows = [*((BEFORE, 0, 0, scalar, value) for scalar, value in begun.items()), *rows]
-    for arm in [BEFORE] * bool(begun) + list(experiment.arms):
-        seeds = len({seed for row_arm, seed, *_ in rows if row_arm == arm})
-        cells = []
-        for scalar in experiment.table:
-            answers = experiment.answers if scalar in experiment.shares else 0
-            cells.append(cell(last_values(rows, arm, scalar), answers))
-        lines.append(f"| {arm} | {seeds} | " + " | ".join(cells) + " |")
+    begun = {row[3]: [row[4]] for row in rows if row[2] == 0 and row[3] != "minutes"}
+    lines = ["| | seed | " + " | ".join(experiment.table.values()) + " |"]
+    lines.append("|---|---|" + "---|" * len(experiment.table))
+    if begun:
+        lines.append(line(experiment, BEFORE, "any", begun))
+    for arm in experiment.arms:
+        found = {scalar: series(rows, arm, scalar) for scalar in experiment.table}
+        seeds = sorted({seed for by_seed in found.values() for seed in by_seed})
+        for seed in seeds:
+            last = {
+                scalar: [max(by_seed[seed].items())[1]]
+                for scalar, by_seed in found.items()
+                if seed in by_seed
+            }
+            lines.append(line(experiment, arm if seed == seeds[0] else "", str(seed), last))
+        if len(seeds) > 1:
+            last = {
+                scalar: [max(values.items())[1] for values in by_seed.values()]
+                for scalar, by_seed in found.items()
+            }
+            lines.append(line(experiment, "", "mean", last))
     return "\n".join(lines) + "\n"
 
 
-def last_values(rows: Sequence[Row], arm: str, scalar: str) -> list[float]:
-    """What each seed has measured last."""
-    last = {
-        seed: value
-        for row_arm, seed, _, row_scalar, value in sorted(rows, key=lambda row: row[2])
-        if (row_arm, row_scalar) == (arm, scalar)
-    }
-    return [last[seed] for seed in sorted(last)]
+def line(experiment: Experiment, arm: str, seed: str, found: Mapping[str, Sequence[float]]) -> str:
+    """A row of the table: of the values that were found of a scalar, the mean."""
+    cells = []
+    for scalar in experiment.table:
+        answers = experiment.answers if scalar in experiment.shares else 0
+        cells.append(cell(found.get(scalar, []), answers))
+    return f"| {arm} | {seed} | " + " | ".join(cells) + " |"
 
 
 def cell(values: Sequence[float], answers: int) -> str:
-    """``0.50 [0.31, 0.69] (0.25, 0.75)``: mean, 95 % interval of shares, each seed's.
+    """``0.50 [0.31, 0.69]``: the mean, and of one seed's share of answers the 95 % interval.
 
-    The interval (Wilson's) is of the questions. All seeds are asked the same ones, so that more
-    seeds don't narrow it; how far runs are apart is in the seeds' own values.
+    The interval (Wilson's) is of the questions. A mean over seeds has none: all are asked the same
+    questions, and how far seeds are apart is seen in their rows.
     """
     if not values:
         return ""
-    each = f" ({', '.join(f'{value:.2f}' for value in values)})" if len(values) > 1 else ""
     if not answers:
-        return f"{mean(values):.2f}{each}"
-    hits = round(mean(values) * answers)
+        return f"{mean(values):.1f}"
+    if len(values) > 1:
+        return f"{mean(values):.2f}"
+    hits = round(values[0] * answers)
     share = accuracy_interval(np.repeat([1.0, 0.0], [hits, answers - hits]))
-    return f"{mean(values):.2f} [{share.low:.2f}, {share.high:.2f}]{each}"
+    return f"{values[0]:.2f} [{share.low:.2f}, {share.high:.2f}]"
 
 
 if __name__ == "__main__":
