@@ -134,7 +134,7 @@ def plot(answers: Sequence[Answer], begins: str) -> Figure:
     """First and last answers that are right, of those that reflect: bars for windows, all seeds."""
     arms = list(dict.fromkeys(answer.arm for answer in answers))
     figure, axes = plt.subplots(
-        1, len(arms), figsize=(5.6 * len(arms), 3.6), layout="constrained", squeeze=False
+        1, len(arms), figsize=(8.0 * len(arms), 3.6), layout="constrained", squeeze=False
     )
     for axis, arm in zip(axes.flat, arms, strict=True):
         counts = {
@@ -144,14 +144,15 @@ def plot(answers: Sequence[Answer], begins: str) -> Figure:
         names = [f"{last - WINDOW + 1} to {last}" for last in counts]
         places = range(len(names))
         for shift, color, label, values in (
-            (-0.27, "0.8", "reflect", [c.reflecting for c in counts.values()]),
-            (0.0, "C1", "reflect, first answer right", [c.first_right for c in counts.values()]),
-            (0.27, "C0", "reflect, last answer right", [c.last_right for c in counts.values()]),
+            (-0.3, "0.9", "all", [c.answers for c in counts.values()]),
+            (-0.1, "0.7", "those that reflect", [c.reflecting for c in counts.values()]),
+            (0.1, "C1", "… whose first answer is right", [c.first_right for c in counts.values()]),
+            (0.3, "C0", "… whose last answer is right", [c.last_right for c in counts.values()]),
         ):
-            axis.bar([p + shift for p in places], values, 0.25, color=color, label=label)
+            axis.bar([p + shift for p in places], values, 0.19, color=color, label=label)
         axis.set_xticks(list(places), names)
         axis.set_xlabel("rollout batches")
-        answered = ", ".join(str(c.answers) for c in counts.values())
-        axis.set_title(f"{arm}: of {answered} answers, how many", fontsize="medium")
-        axis.legend(frameon=False)
+        axis.set_ylabel("answers")
+        axis.set_title(f"{arm}: the student's own answers")
+        axis.legend(bbox_to_anchor=(1, 1), loc="upper left", frameon=False)
     return figure

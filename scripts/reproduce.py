@@ -364,8 +364,10 @@ def common(by_seed: Mapping[int, Mapping[int, float]]) -> dict[int, list[float]]
 def table(experiment: Experiment, rows: Sequence[Row]) -> str:
     """The last values as Markdown: every seed's, a share's with its interval, and their mean."""
     rows = scaled(rows, experiment.scale)
-    # Every run begins with the same weights and answers greedily.
-    begun = {row[3]: [row[4]] for row in rows if row[2] == 0 and row[3] != "minutes"}
+    # Every run of an arm begins with the same weights and answers greedily.
+    first = next(iter(experiment.arms))
+    begun = {row[3]: [row[4]] for row in rows if row[0] == first and row[2] == 0}
+    begun.pop("minutes", None)
     lines = ["| | seed | " + " | ".join(experiment.table.values()) + " |"]
     lines.append("|---|---|" + "---|" * len(experiment.table))
     if begun:

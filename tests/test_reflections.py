@@ -37,7 +37,7 @@ def test_a_window_is_ten_batches_of_a_seed():
         "| a | 2 | 1 to 10 | 1 | 1 | 0 | 1 | 1 | 0 |",
     ]
     bars = [bar.get_height() for bar in plot(answers, BEGINS).axes[0].patches]
-    assert bars == [3, 1, 1, 0, 2, 1], "reflecting, first right and last right, by window"
+    assert bars == [3, 1, 3, 1, 1, 0, 2, 1], "all, reflecting, first right, last right; by window"
 
 
 def test_of_a_batch_that_was_made_twice_the_later_counts(tmp_path):

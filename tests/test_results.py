@@ -3,12 +3,13 @@
 import csv
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from thinktuning.cli import main
@@ -71,7 +72,7 @@ class Results:
         self.rows = reproduce.read_rows(folder / "scalars.csv")
         self.runs = json.loads((folder / "runs.json").read_text())
 
-    def of(self, arm: str, scalar: str, steps: range) -> list[list[float]]:
+    def of(self, arm: str, scalar: str, steps: Sequence[int]) -> list[list[float]]:
         """Values of every seed, at those of the steps that have one."""
         seeds = sorted({seed for a, seed, *_ in self.rows if a == arm})
         return [
@@ -117,12 +118,33 @@ def test_what_the_page_says_of_the_phrase_is_in_the_data():
     early = made.of("no shaping", "val/behavior/catchphrase", range(10, 11))
     assert on_the_page(f"{span(np.ravel(early), 2)} of the answers after ten batches")
     guided = made.minutes("ThinkTuning", "plain clipped ratio", "LUFFY's shaping", "no shaping")
-    assert on_the_page(f"{guided} for guided runs and {made.minutes(grpo)} for GRPO")
+    assert on_the_page(f"{guided} minutes for guided runs and {made.minutes(grpo)} for GRPO")
 
-    longer = Results("same_minutes")
+    longer = Results("grpo_longer")
     assert not np.any(longer.of(grpo, "reward/PhraseReward", range(1, 141)))
     fewest, _, most = sorted(with_gradient(longer, grpo, range(1, 141)))
     assert on_the_page(f"{fewest} to {most} of the 140 batches had any gradient")
+
+
+def test_what_the_page_says_of_sums_is_in_the_data():
+    made = Results("sums")
+    experiment = reproduce.read_experiment(ROOT / "configs/experiments/sums.yaml")
+    config = yaml.safe_load((ROOT / "configs/sums.yaml").read_text())
+    assert config["data"]["val_size"] == experiment.answers
+    (before,) = {x for arm in experiment.arms for x in np.ravel(made.of(arm, "val/accuracy", [0]))}
+    assert on_the_page(f"Before training {before:.2f} are right")
+    asked = made.of("STaR", "star/kept", range(1, 100))[0]
+    first, second = [round(kept) // 32 + (kept % 32 > 0) for kept in asked]
+    assert on_the_page(f"{first} and {second} batches of answers that were right")
+
+
+def test_what_the_page_says_of_a_step_at_the_paper_s_size_is_in_the_data():
+    with (ROOT / "docs/results/paper_shape/scalars.csv").open(newline="") as file:
+        (step,) = csv.DictReader(file)
+    took = {name: round(float(step[f"seconds/{name}"])) for name in ("step", "guidance")}
+    assert on_the_page(f"took {took['step']} s, {took['guidance']} of them the teacher")
+    assert float(step["optimizer/grad_norm"]) > 0
+    assert float(step["length/injected"]) > 0
 
 
 def test_what_was_tried_by_hand_ended_as_the_page_says():
