@@ -1,10 +1,6 @@
 """What scripts/reflections.py says of reflections, on answers that are judged by hand."""
 
 import json
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
 from reflections import Answer, Count, count, plot, read_answers, read_audit, table, write_answers
 

@@ -1,16 +1,12 @@
 """Runs of experiments, what is put together from them, and tables."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import reproduce
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
-
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-
-import reproduce
 
 # Two seeds of one arm, one of the other, by hand.
 ROWS = [

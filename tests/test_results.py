@@ -2,24 +2,23 @@
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
+import make_sums
 import numpy as np
 import pytest
+import reflections
+import reproduce
 import yaml
 from PIL import Image
 
 from thinktuning.cli import main
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "scripts"))
-
-import reflections  # noqa: E402 (scripts aren't a package)
-import reproduce  # noqa: E402
-
 EXPERIMENTS = sorted((ROOT / "configs/experiments").glob("*.yaml"))
 MADE = [path for path in EXPERIMENTS if (ROOT / "docs/results" / path.stem).exists()]
 every_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
@@ -136,6 +135,35 @@ def test_what_the_page_says_of_sums_is_in_the_data():
     asked = made.of("STaR", "star/kept", range(1, 100))[0]
     first, second = [round(kept) // 32 + (kept % 32 > 0) for kept in asked]
     assert on_the_page(f"{first} and {second} batches of answers that were right")
+
+
+def test_sums_are_split_as_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make_sums.py", str(tmp_path)])
+    make_sums.main()
+    train, test = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "test")
+    )
+    assert on_the_page(f"{len(train)} sums to train on, {len(test)} others to test")
+    for row in train:
+        a, b, c = added(row["question"])
+        solved = f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c}.\n#### {a + b + c}"
+        assert row["answer"] == solved
+    tested = {tuple(sorted(added(row["question"]))) for row in test}
+    assert tested.isdisjoint(tuple(sorted(added(row["question"]))) for row in train)
+    behaviors = (ROOT / "configs/experiments/sums").glob("self_*.yaml")
+    shown = [yaml.safe_load(path.read_text())["examples"] for path in behaviors]
+    known = [e for (e,) in shown if tuple(sorted(added(e["question"]))) in tested]
+    assert (len(known), len(shown)) == (2, 4)
+    assert on_the_page("Two of the teacher's four examples are sums of the test, in another order")
+
+
+def added(question: str) -> list[int]:
+    numbers = [int(number) for number in re.findall(r"\d+", question)]
+    assert question == f"Calculate {' + '.join(map(str, numbers))}."
+    assert len(numbers) == 3
+    assert all(0 <= number <= 10 for number in numbers)
+    return numbers
 
 
 def test_what_the_page_says_of_a_step_at_the_paper_s_size_is_in_the_data():
