@@ -58,6 +58,16 @@ def test_tables_and_pictures_come_from_the_data():
             assert drawn == reproduce.fingerprint(answers)
 
 
+@every_experiment
+def test_shares_are_of_the_answers_that_validation_has(path):
+    made = reproduce.read_experiment(path)
+    (config,) = (yaml.safe_load((ROOT / name).read_text()) for name in made.config)
+    assert made.answers == config["data"]["val_size"]
+    rewards = config["model"].get("rewards", [])
+    paid = [r["init_args"]["weight"] for r in rewards if "Phrase" in r["class_path"]]
+    assert list(made.scale.values()) == [1 / weight for weight in paid]
+
+
 def on_the_page(sentence: str) -> bool:
     page = (ROOT / "docs/results/README.md").read_text()
     return sentence in " ".join(page.replace("**", "").split())
@@ -127,10 +137,9 @@ def test_what_the_page_says_of_the_phrase_is_in_the_data():
 
 def test_what_the_page_says_of_sums_is_in_the_data():
     made = Results("sums")
-    experiment = reproduce.read_experiment(ROOT / "configs/experiments/sums.yaml")
-    config = yaml.safe_load((ROOT / "configs/sums.yaml").read_text())
-    assert config["data"]["val_size"] == experiment.answers
-    (before,) = {x for arm in experiment.arms for x in np.ravel(made.of(arm, "val/accuracy", [0]))}
+    (before,) = {
+        value for *_, step, scalar, value in made.rows if (step, scalar) == (0, "val/accuracy")
+    }
     assert on_the_page(f"Before training {before:.2f} are right")
     asked = made.of("STaR", "star/kept", range(1, 100))[0]
     first, second = [round(kept) // 32 + (kept % 32 > 0) for kept in asked]
