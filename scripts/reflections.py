@@ -1,8 +1,9 @@
 """What reflections do to a student's own answers; scripts/reproduce.py calls this.
 
-Looks at the answers that the teacher was given to read, as they were before it added to them: drawn
-uniformly from those that ended, each on a question that the student wasn't trained on before. Where
-an answer reflects: was the answer that it gives first right, and is the one that it ends on?
+Looks at held-out answers, and at those that the teacher was given to read, as they were before it
+added to them: drawn uniformly from those that ended, each on a question that the student wasn't
+trained on before. Where an answer reflects: was the answer that it gives first right, and is the
+one that it ends on?
 """
 
 import csv
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from thinktuning.callbacks.answers import FOLDER as ANSWERS
 from thinktuning.callbacks.audit import audit_files
 from thinktuning.rewards.maths import last_boxed
 
@@ -39,12 +41,26 @@ def read_audit(arm: str, seed: int, folders: Iterable[Path]) -> list[Answer]:
     for folder in folders:
         found: dict[int, list[Answer]] = {}
         for file in audit_files(folder):
-            for row in map(json.loads, file.read_text().splitlines()):
+            for row in map(json.loads, file.read_text().split("\n")[:-1]):
                 right = row["before"]["outcome"] == "correct"
                 answer = Answer(arm, seed, row["step"] + 1, right, row["gold"], row["student"])
                 found.setdefault(answer.step, []).append(answer)
         batches |= found
     return [answer for step in sorted(batches) for answer in batches[step]]
+
+
+def read_held_out(arm: str, seed: int, folders: Iterable[Path]) -> list[Answer]:
+    """The answers of the last validation in a run's folders; none of a run that kept none."""
+    files = [file for folder in folders for file in (folder / ANSWERS).glob("step=*.jsonl")]
+    if not files:
+        return []
+    last = max(files, key=lambda file: file.name)
+    step = int(last.stem.removeprefix("step="))
+    rows = map(json.loads, last.read_text().split("\n")[:-1])
+    return [
+        Answer(arm, seed, step, row["outcome"] == "correct", row["gold"], row["text"])
+        for row in rows
+    ]
 
 
 def write_answers(answers: Iterable[Answer], path: Path) -> None:
@@ -113,21 +129,31 @@ def by_arm_and_seed(answers: Sequence[Answer]) -> dict[tuple[str, int], list[Ans
     return found
 
 
+COUNTS = ["answers", "that reflect", "of these, first answer right", "last answer right"]
+COUNTS += ["wrong, then right", "right, then wrong"]
+
+
 def table(answers: Sequence[Answer], begins: str) -> str:
     """Markdown: a row per arm, seed and window of batches."""
-    titles = ["arm", "seed", "batches", "answers", "that reflect", "of these, first answer right"]
-    titles += ["last answer right", "wrong, then right", "right, then wrong"]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    rows = [["arm", "seed", "batches", *COUNTS]]
     for (arm, seed), own in by_arm_and_seed(answers).items():
         for last, some in windows(own).items():
-            cells = [
-                arm,
-                str(seed),
-                f"{last - WINDOW + 1} to {last}",
-                *map(str, count(some, begins)),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            batches = f"{last - WINDOW + 1} to {last}"
+            rows.append([arm, str(seed), batches, *map(str, count(some, begins))])
+    return markdown(rows)
+
+
+def held_out_table(answers: Sequence[Answer], begins: str) -> str:
+    """Markdown: a row per arm and seed."""
+    rows = [["arm", "seed", *COUNTS]]
+    for (arm, seed), own in by_arm_and_seed(answers).items():
+        rows.append([arm, str(seed), *map(str, count(own, begins))])
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *body])
 
 
 def plot(answers: Sequence[Answer], begins: str) -> Figure:

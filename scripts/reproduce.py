@@ -9,6 +9,7 @@ Reads ``configs/experiments/NAME.yaml``, runs every arm with every seed, and wri
     table.md       likewise
     answers.csv    where the experiment names a reflection: what students said of themselves
     reflections.*  what their reflections did, drawn from answers.csv alone
+    held_out.*     likewise, of the answers of the last validation
 
 Runs that are finished are not made again, and one that was stopped goes on: they lie in --runs.
 """
@@ -149,6 +150,8 @@ def main() -> None:
         answers = reflections.read_answers(output / "answers.csv")
         save(reflections.plot(answers, begins), output / "reflections.png", answers)
         (output / "reflections.md").write_text(reflections.table(answers, begins))
+        held_out = reflections.read_answers(output / "held_out.csv")
+        (output / "held_out.md").write_text(reflections.held_out_table(held_out, begins))
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -246,8 +249,12 @@ def gather(experiment: Experiment, made: Sequence[Run], folder: Path) -> None:
                 for step, value in sorted(measured(run, scalar).items()):
                     writer.writerow([run.arm, run.seed, step, scalar, f"{value:.6g}"])
     if experiment.reflection:
-        found = (reflections.read_audit(r.arm, r.seed, runs.versions(r.root)) for r in finished)
-        reflections.write_answers(chain.from_iterable(found), folder / "answers.csv")
+        for name, read in (
+            ("answers", reflections.read_audit),
+            ("held_out", reflections.read_held_out),
+        ):
+            found = (read(run.arm, run.seed, runs.versions(run.root)) for run in finished)
+            reflections.write_answers(chain.from_iterable(found), folder / f"{name}.csv")
 
 
 def minutes(run: Run) -> dict[int, float]:

@@ -1,5 +1,7 @@
 """What validation says of held-out answers: accuracy, rewards, and the behaviors taught."""
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -75,6 +77,19 @@ def test_rewards_and_behaviors_of_held_out_answers(student, questions, tmp_path,
     main(fit_arguments(student(), questions, tmp_path, *more))
     seen = scalars(tmp_path / "version_0")
     assert [len(texts) for texts in Witness.texts] == [5, 5, 5]
+
+    answers = tmp_path / "version_0/answers"
+    assert sorted(file.name for file in answers.iterdir()) == [
+        f"step={step:06d}.jsonl" for step in (1, 2, 3)
+    ]
+    for texts, file in zip(Witness.texts, sorted(answers.iterdir()), strict=True):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [row["text"] for row in rows] == texts
+        assert [row["tokens"] for row in rows].count(2) >= 2, "given up"
+        for row in rows:
+            assert sum(map(int, re.findall(r"\d+", row["question"]))) == int(row["gold"])
+            assert (row["outcome"] == "correct") == (f"{{{row['gold']}}}" in row["text"])
+            assert row["reward"] == pytest.approx(0.5 * ("box" in row["text"]), abs=1)
 
     def shares(shown):
         return pytest.approx([sum(map(shown, texts)) / 5 for texts in Witness.texts])

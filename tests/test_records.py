@@ -8,9 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
+from running import room
 
-from thinktuning.callbacks import AuditLog
+from thinktuning.callbacks import AnswerLog, AuditLog
 from thinktuning.callbacks.audit import audit_row
 from thinktuning.callbacks.samples import describe, indented
 from thinktuning.report import print_guidance
@@ -254,6 +256,67 @@ def test_steps_that_other_numbers_of_ranks_do_again_are_written_once(tmp_path):
         "audit.rank1.jsonl": [0, 2],
         "audit.jsonl": [1],
     }
+
+
+def validate(
+    folder, step, *batches, rank=0, ranks=1, fn=TrainerFn.FITTING, sanity=False, start=None
+):
+    """A validation behind a step, in a run that began or went on behind the step ``start``."""
+    trainer = SimpleNamespace(
+        world_size=ranks,
+        global_rank=rank,
+        log_dir=str(folder),
+        global_step=start,
+        state=SimpleNamespace(fn=TrainerFn(fn)),
+        sanity_checking=sanity,
+    )
+    log = AnswerLog()
+    if fn == "fit":
+        log.on_train_start(trainer, None)
+    trainer.global_step = step
+    log.on_validation_start(trainer, None)
+    for number, rollouts in enumerate(batches):
+        log.on_validation_batch_end(trainer, None, {"rollouts": rollouts}, None, number)
+    log.on_validation_end(trainer, None)
+
+
+def answers(folder):
+    """The texts of each validation, by the name of its file."""
+    found = {p.name: read_account(p) for p in (folder / "answers").glob("*.jsonl")}
+    return {name: [row["text"] for row in rows] for name, rows in found.items()}
+
+
+def test_held_out_answers_of_each_validation_are_kept(tmp_path):
+    one, two = (replace(UNGUIDED, text=text) for text in ("one\u2028", "two"))
+    validate(tmp_path, 10, [one], [two, one])
+    validate(tmp_path, 20, [two], start=10, rank=1, ranks=2)
+    assert answers(tmp_path) == {
+        "step=000010.jsonl": ["one\u2028", "two", "one\u2028"],
+        "step=000020.rank1.jsonl": ["two"],
+    }
+
+
+def test_validations_that_a_resumed_run_does_again_are_written_once(tmp_path):
+    for step in (10, 20, 30):
+        validate(tmp_path, step, [UNGUIDED], start=step - 10, rank=1, ranks=2)
+    validate(tmp_path, 20, [replace(UNGUIDED, text="again")], start=15)
+    assert answers(tmp_path) == {
+        "step=000010.rank1.jsonl": [UNGUIDED.text],
+        "step=000020.jsonl": ["again"],
+    }
+
+
+def test_only_a_fit_keeps_its_held_out_answers(tmp_path):
+    validate(tmp_path, 0, [UNGUIDED], fn="validate")
+    validate(tmp_path, 0, [UNGUIDED], sanity=True)
+    assert answers(tmp_path) == {}
+
+
+def test_held_out_answers_that_a_full_disk_does_not_take_are_told(tmp_path, caplog):
+    with room(10):  # less than a row
+        validate(tmp_path, 10, [UNGUIDED, UNGUIDED])
+    assert answers(tmp_path) == {"step=000010.jsonl": []}
+    assert "lacks 2 answers that couldn't be written" in caplog.text
 
 
 DAMAGED = [

@@ -2,7 +2,18 @@
 
 import json
 
-from reflections import Answer, Count, count, plot, read_answers, read_audit, table, write_answers
+from reflections import (
+    Answer,
+    Count,
+    count,
+    held_out_table,
+    plot,
+    read_answers,
+    read_audit,
+    read_held_out,
+    table,
+    write_answers,
+)
 
 BEGINS = r"\bI made a mistake\b"
 
@@ -49,6 +60,22 @@ def test_of_a_batch_that_was_made_twice_the_later_counts(tmp_path):
         (tmp_path / name / "audit.jsonl").write_text("\n".join(lines) + "\n")
     found = read_audit("a", 1, [tmp_path / name for name in lives])
     assert found == [says("x", True), says("Y", True, step=2)]
+
+
+def test_held_out_answers_are_those_of_the_last_validation(tmp_path):
+    for version, step, text in ((0, 10, "x"), (1, 100, "one\u2028"), (1, 90, "y")):
+        folder = tmp_path / f"version_{version}/answers"
+        folder.mkdir(parents=True, exist_ok=True)
+        row = {"gold": "9", "outcome": "wrong", "text": text}
+        line = json.dumps(row, ensure_ascii=False)
+        (folder / f"step={step:06d}.jsonl").write_text(f"{line}\n")
+    folders = [tmp_path / "version_0", tmp_path / "version_1"]
+    found = read_held_out("a", 1, folders)
+    assert found == [says("one\u2028", False, step=100)]
+    assert held_out_table([*found, MENDED], BEGINS).splitlines()[2:] == [
+        "| a | 1 | 2 | 1 | 0 | 1 | 1 | 0 |"
+    ]
+    assert read_held_out("a", 1, [tmp_path]) == []
 
 
 def test_answers_are_read_as_they_were_written(tmp_path):

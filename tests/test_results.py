@@ -54,6 +54,9 @@ def test_tables_and_pictures_come_from_the_data():
             table = reflections.table(answers, made.reflection)
             assert (folder / "reflections.md").read_text() == table
             assert table in page
+            held_out = reflections.read_answers(folder / "held_out.csv")
+            table = reflections.held_out_table(held_out, made.reflection)
+            assert (folder / "held_out.md").read_text() == table
             drawn = Image.open(folder / "reflections.png").text["Source"]
             assert drawn == reproduce.fingerprint(answers)
 

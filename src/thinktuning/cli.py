@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from thinktuning import wiring
 from thinktuning.baselines import SFTModule, STaRDataModule, STaRModule
 from thinktuning.callbacks import (
+    AnswerLog,
     AuditLog,
     BehaviorRates,
     ResumeCheck,
@@ -79,10 +80,10 @@ _METHODS: dict[wiring.Method, tuple[type[wiring.MethodCLI], type, type, list[typ
         wiring.ThinkTuningCLI,
         ThinkTuningModule,
         GSM8KDataModule,
-        [RolloutProgress, SampleLog, BehaviorRates, AuditLog, ResumeCheck],
+        [RolloutProgress, SampleLog, BehaviorRates, AuditLog, AnswerLog, ResumeCheck],
     ),
-    "sft": (wiring.SFTCLI, SFTModule, GSM8KDataModule, [RolloutProgress, ResumeCheck]),
-    "star": (wiring.STaRCLI, STaRModule, STaRDataModule, [RolloutProgress, ResumeCheck]),
+    "sft": (wiring.SFTCLI, SFTModule, GSM8KDataModule, [RolloutProgress, AnswerLog, ResumeCheck]),
+    "star": (wiring.STaRCLI, STaRModule, STaRDataModule, [RolloutProgress, AnswerLog, ResumeCheck]),
     "evaluation": (wiring.EvaluationCLI, EvaluationModule, BenchmarkDataModule, [RolloutProgress]),
 }
 

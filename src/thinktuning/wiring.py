@@ -17,6 +17,7 @@ from rich.console import Console
 
 from thinktuning import runs
 from thinktuning.callbacks import (
+    AnswerLog,
     AuditLog,
     BehaviorInjection,
     ResumeCheck,
@@ -168,7 +169,7 @@ class TrainingCLI(MethodCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         self.run = run
         for callback in self.trainer_defaults["callbacks"]:
-            if isinstance(callback, AuditLog):
+            if isinstance(callback, AuditLog | AnswerLog):
                 callback.folder = run
             if isinstance(callback, ResumeCheck):
                 callback.configuration = self._settings()

@@ -1,5 +1,6 @@
 """Callbacks: the two stages of guidance, and what a user sees."""
 
+from thinktuning.callbacks.answers import AnswerLog
 from thinktuning.callbacks.audit import AuditLog
 from thinktuning.callbacks.base import RolloutCallback, StageObserver
 from thinktuning.callbacks.behaviors import BehaviorRates
@@ -11,6 +12,7 @@ from thinktuning.callbacks.resume import ResumeCheck
 from thinktuning.callbacks.samples import SampleLog
 
 __all__ = [
+    "AnswerLog",
     "AuditLog",
     "BehaviorInjection",
     "BehaviorRates",
