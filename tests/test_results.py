@@ -149,6 +149,32 @@ def test_what_the_page_says_of_sums_is_in_the_data():
     assert on_the_page(f"{first} and {second} batches of answers that were right")
 
 
+def test_what_the_page_says_of_reflections_is_in_the_data():
+    begins = reproduce.read_experiment(ROOT / "configs/experiments/sums.yaml").reflection
+    answers = reflections.read_answers(ROOT / "docs/results/sums/answers.csv")
+    late = [
+        reflections.count([a for a in own if a.step > 30], begins)
+        for own in reflections.by_arm_and_seed(answers).values()
+    ]
+    first = listed(f"{count.first_right} of {count.reflecting}" for count in late)
+    last = listed(str(count.last_right) for count in late)
+    assert on_the_page(f"right in {first}, the last one in {last}; a right one was never spoiled")
+    assert not any(count.spoiled for count in late)
+    two = []
+    for own in reflections.by_arm_and_seed(answers).values():
+        mended = [a.text for a in own if reflections.judge(a, begins) == (False, True)]
+        short = [text for text in mended if re.match(r"\s*\d+ \+ \d+ = ", text)]
+        two.append(f"{len(short)} of {len(mended)}")
+    assert on_the_page(f"{listed(two)} began by adding two numbers")
+    reflexes = reflections.count(answers, begins).first_right
+    assert on_the_page(f"where it was none, too: behind {reflexes} right answers")
+
+
+def listed(parts: Iterable[str]) -> str:
+    *most, last = parts
+    return f"{', '.join(most)} and {last}"
+
+
 def test_sums_are_split_as_the_page_says(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["make_sums.py", str(tmp_path)])
     make_sums.main()
