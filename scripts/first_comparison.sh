@@ -17,8 +17,8 @@ fit() {  # name, configuration, options; a finished run is left alone
 }
 fit sft $results/sft.yaml
 fit star $results/star.yaml
-fit grpo configs/quickstart.yaml --guidance.gamma.start 0
-fit thinktuning configs/quickstart.yaml
+fit grpo configs/word_problems.yaml --guidance.gamma.start 0
+fit thinktuning configs/word_problems.yaml
 files=()
 for name in gsm8k arc_challenge commonsense_qa strategyqa mmlu_pro; do
     files+=("$name=$benchmarks/$name.jsonl")

@@ -1,6 +1,6 @@
 """A run that is killed again and again, beside the same run left alone: ``python scripts/soak.py``.
 
-    python scripts/soak.py --config configs/quickstart.yaml --steps 150 --kill_after 240 \
+    python scripts/soak.py --config configs/word_problems.yaml --steps 150 --kill_after 240 \
         -- --data.source path/to/gsm8k/train.jsonl --data.val_size 8
 
 Runs ``thinktuning fit`` with as many steps as are asked for, twice at the same time, on half of
@@ -58,7 +58,7 @@ class Life:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("--config", default="configs/word_problems.yaml")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--kill_after", type=float, default=240.0, help="seconds, on average")
     parser.add_argument("--seed", type=int, default=1, help="of the moments")
