@@ -9,14 +9,14 @@ one that it ends on?
 import csv
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from thinktuning.callbacks.answers import FOLDER as ANSWERS
+from thinktuning.callbacks.answers import answer_files
 from thinktuning.callbacks.audit import audit_files
 from thinktuning.rewards.maths import last_boxed
 
@@ -41,7 +41,7 @@ def read_audit(arm: str, seed: int, folders: Iterable[Path]) -> list[Answer]:
     for folder in folders:
         found: dict[int, list[Answer]] = {}
         for file in audit_files(folder):
-            for row in map(json.loads, file.read_text().split("\n")[:-1]):
+            for row in read_json_lines(file):
                 right = row["before"]["outcome"] == "correct"
                 answer = Answer(arm, seed, row["step"] + 1, right, row["gold"], row["student"])
                 found.setdefault(answer.step, []).append(answer)
@@ -51,16 +51,22 @@ def read_audit(arm: str, seed: int, folders: Iterable[Path]) -> list[Answer]:
 
 def read_held_out(arm: str, seed: int, folders: Iterable[Path]) -> list[Answer]:
     """The answers of the last validation in a run's folders; none of a run that kept none."""
-    files = [file for folder in folders for file in (folder / ANSWERS).glob("step=*.jsonl")]
-    if not files:
+    validations: dict[int, list[Path]] = {}
+    for folder in folders:
+        validations |= answer_files(folder)
+    if not validations:
         return []
-    last = max(files, key=lambda file: file.name)
-    step = int(last.stem.removeprefix("step="))
-    rows = map(json.loads, last.read_text().split("\n")[:-1])
+    last = max(validations)
     return [
-        Answer(arm, seed, step, row["outcome"] == "correct", row["gold"], row["text"])
-        for row in rows
+        Answer(arm, seed, last, row["outcome"] == "correct", row["gold"], row["text"])
+        for file in validations[last]
+        for row in read_json_lines(file)
     ]
+
+
+def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Not by ``splitlines``, which takes separators apart that answers have."""
+    return map(json.loads, file.read_text().split("\n")[:-1])
 
 
 def write_answers(answers: Iterable[Answer], path: Path) -> None:
@@ -114,12 +120,13 @@ def judge(answer: Answer, begins: str) -> tuple[bool | None, bool] | None:
     return (None if first is None else first == answer.gold), answer.right
 
 
-def windows(answers: Sequence[Answer]) -> dict[int, list[Answer]]:
-    """By the last batch of every window."""
-    found: dict[int, list[Answer]] = {}
-    for answer in answers:
-        found.setdefault(-(-answer.step // WINDOW) * WINDOW, []).append(answer)
-    return dict(sorted(found.items()))
+def windows(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
+    """By batches, ``1 to 10`` and so on."""
+    found: dict[str, list[Answer]] = {}
+    for answer in sorted(answers, key=lambda answer: answer.step):
+        before = (answer.step - 1) // WINDOW * WINDOW
+        found.setdefault(f"{before + 1} to {before + WINDOW}", []).append(answer)
+    return found
 
 
 def by_arm_and_seed(answers: Sequence[Answer]) -> dict[tuple[str, int], list[Answer]]:
@@ -137,8 +144,7 @@ def table(answers: Sequence[Answer], begins: str) -> str:
     """Markdown: a row per arm, seed and window of batches."""
     rows = [["arm", "seed", "batches", *COUNTS]]
     for (arm, seed), own in by_arm_and_seed(answers).items():
-        for last, some in windows(own).items():
-            batches = f"{last - WINDOW + 1} to {last}"
+        for batches, some in windows(own).items():
             rows.append([arm, str(seed), batches, *map(str, count(some, begins))])
     return markdown(rows)
 
@@ -163,20 +169,17 @@ def plot(answers: Sequence[Answer], begins: str) -> Figure:
         1, len(arms), figsize=(8.0 * len(arms), 3.6), layout="constrained", squeeze=False
     )
     for axis, arm in zip(axes.flat, arms, strict=True):
-        counts = {
-            last: count(some, begins)
-            for last, some in windows([a for a in answers if a.arm == arm]).items()
-        }
-        names = [f"{last - WINDOW + 1} to {last}" for last in counts]
-        places = range(len(names))
+        some = windows([answer for answer in answers if answer.arm == arm])
+        counts = [count(own, begins) for own in some.values()]
+        places = range(len(counts))
         for shift, color, label, values in (
-            (-0.3, "0.9", "all", [c.answers for c in counts.values()]),
-            (-0.1, "0.7", "those that reflect", [c.reflecting for c in counts.values()]),
-            (0.1, "C1", "… whose first answer is right", [c.first_right for c in counts.values()]),
-            (0.3, "C0", "… whose last answer is right", [c.last_right for c in counts.values()]),
+            (-0.3, "0.9", "all", [c.answers for c in counts]),
+            (-0.1, "0.7", "those that reflect", [c.reflecting for c in counts]),
+            (0.1, "C1", "… whose first answer is right", [c.first_right for c in counts]),
+            (0.3, "C0", "… whose last answer is right", [c.last_right for c in counts]),
         ):
             axis.bar([p + shift for p in places], values, 0.19, color=color, label=label)
-        axis.set_xticks(list(places), names)
+        axis.set_xticks(list(places), list(some))
         axis.set_xlabel("rollout batches")
         axis.set_ylabel("answers")
         axis.set_title(f"{arm}: the student's own answers")

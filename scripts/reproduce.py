@@ -23,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ import numpy as np
 import reflections
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from report_run import read_events
 
 from thinktuning import runs
 from thinktuning.evaluation.statistics import accuracy_interval
@@ -51,6 +52,9 @@ from matplotlib.figure import Figure
 Settings = Mapping[str, Any]
 Row = tuple[str, int, int, str, float]
 """arm, seed, step, scalar, value"""
+
+Measured = defaultdict[str, dict[int, float]]
+"""Values by scalar, and by the number of rollout batches that were trained on before."""
 
 BEFORE = "before training"
 
@@ -190,14 +194,15 @@ def make(run: Run, at_once: int) -> Run:
         thinktuning("validate", run, run.before, threads)
         (run.root / "started").touch()
     thinktuning("fit", run, run.root, threads, "--ckpt_path=last")
-    if max(measured(run, "seconds/step")) not in measured(run, "val/accuracy"):
+    trained = read_fit(run)
+    if max(trained["seconds/step"]) not in trained["val/accuracy"]:
         shutil.rmtree(run.after, ignore_errors=True)
         run.after.mkdir()
-        trained = runs.last_checkpoint(run.root)
-        assert trained is not None
+        checkpoint = runs.last_checkpoint(run.root)
+        assert checkpoint is not None
         # What is validated in a run's folder is written into that run, as of its first step.
         elsewhere = run.after / "trained.ckpt"
-        elsewhere.symlink_to(trained.absolute())
+        elsewhere.symlink_to(checkpoint.absolute())
         thinktuning("validate", run, run.after, threads, f"--ckpt_path={elsewhere}")
         elsewhere.unlink()
     first, *later = [json.loads(line) for line in run.starts.read_text().splitlines()]
@@ -234,59 +239,65 @@ def thinktuning(verb: str, run: Run, place: Path, threads: int, *more: str) -> N
 
 def gather(experiment: Experiment, made: Sequence[Run], folder: Path) -> None:
     """Write down what the finished runs have measured."""
-    finished = [run for run in made if run.record.exists()]
+    finished = {run: measured(run) for run in made if run.record.exists()}
     records = [
-        json.loads(run.record.read_text()) | {"minutes": round(max(minutes(run).values()), 1)}
-        for run in finished
+        json.loads(run.record.read_text()) | {"minutes": round(max(found["minutes"].values()), 1)}
+        for run, found in finished.items()
     ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "runs.json").write_text(json.dumps(records, indent=1) + "\n")
     with (folder / "scalars.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["arm", "seed", "step", "scalar", "value"])
-        for run in finished:
+        for run, found in finished.items():
             for scalar in experiment.scalars:
-                for step, value in sorted(measured(run, scalar).items()):
+                for step, value in sorted(found.get(scalar, {}).items()):
                     writer.writerow([run.arm, run.seed, step, scalar, f"{value:.6g}"])
     if experiment.reflection:
         for name, read in (
             ("answers", reflections.read_audit),
             ("held_out", reflections.read_held_out),
         ):
-            found = (read(run.arm, run.seed, runs.versions(run.root)) for run in finished)
-            reflections.write_answers(chain.from_iterable(found), folder / f"{name}.csv")
+            answers = (read(run.arm, run.seed, runs.versions(run.root)) for run in finished)
+            reflections.write_answers(chain.from_iterable(answers), folder / f"{name}.csv")
 
 
-def minutes(run: Run) -> dict[int, float]:
+def measured(run: Run) -> Measured:
+    """What ``fit`` and the validations around it have measured, and the minutes of training."""
+    found = read_fit(run)
+    for scalar, value in read_validation(run.before).items():
+        found[scalar][0] = value
+    last = max(found["seconds/step"], default=0)
+    for scalar, value in read_validation(run.after).items():
+        found[scalar][last] = value
+    found["minutes"] = minutes(found)
+    return found
+
+
+def minutes(found: Measured) -> dict[int, float]:
     """What training took up to a step, for STaR with its collections; validations come on top."""
-    steps, collections = (logged_last(run, f"seconds/{work}") for work in ("step", "collection"))
+    steps, collections = found["seconds/step"], found["seconds/collection"]
     taken = [steps[step] + collections.get(step, 0) for step in sorted(steps)]
     return {0: 0.0} | dict(zip(sorted(steps), np.cumsum(taken) / 60, strict=True))
 
 
-def measured(run: Run, scalar: str) -> dict[int, float]:
-    """Values by the number of rollout batches that were trained on before."""
-    if scalar == "minutes":
-        return minutes(run)
-    found = logged_last(run, scalar)
-    if before := [value for _, value in logged(run.before, scalar)]:
-        found[0] = before[-1]
-    if after := [value for _, value in logged(run.after, scalar)]:
-        found[max(logged_last(run, "seconds/step"))] = after[-1]
+def read_fit(run: Run) -> Measured:
+    """Scalars by the number of batches; of a step that was made twice, the last."""
+    found: Measured = defaultdict(dict)
+    for folder in runs.versions(run.root):
+        for scalar, values in read_events(folder).items():
+            found[scalar] |= {step + 1: value for step, value in values.items()}
     return found
 
 
-def logged_last(run: Run, scalar: str) -> dict[int, float]:
-    """What ``fit`` logged, by the number of batches; of a step that was made twice, the last."""
-    return {step + 1: value for step, value in logged(run.root, scalar)}
-
-
-def logged(root: Path, scalar: str) -> Iterator[tuple[int, float]]:
-    for folder in runs.versions(root):
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-        events.Reload()
-        if scalar in events.Tags()["scalars"]:
-            yield from ((event.step, event.value) for event in events.Scalars(scalar))
+def read_validation(root: Path) -> dict[str, float]:
+    """The newest value of every scalar; none if there was no validation."""
+    return {
+        scalar: value
+        for folder in runs.versions(root)
+        for scalar, values in read_events(folder).items()
+        for value in values.values()
+    }
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -380,21 +391,17 @@ def table(experiment: Experiment, rows: Sequence[Row]) -> str:
     if begun:
         lines.append(line(experiment, BEFORE, "any", begun))
     for arm in experiment.arms:
-        found = {scalar: series(rows, arm, scalar) for scalar in experiment.table}
-        seeds = sorted({seed for by_seed in found.values() for seed in by_seed})
+        last = {
+            scalar: {seed: found[max(found)] for seed, found in series(rows, arm, scalar).items()}
+            for scalar in experiment.table
+        }
+        seeds = sorted(set().union(*last.values()))
         for seed in seeds:
-            last = {
-                scalar: [max(by_seed[seed].items())[1]]
-                for scalar, by_seed in found.items()
-                if seed in by_seed
-            }
-            lines.append(line(experiment, arm if seed == seeds[0] else "", str(seed), last))
+            own = {scalar: [found[seed]] for scalar, found in last.items() if seed in found}
+            lines.append(line(experiment, arm if seed == seeds[0] else "", str(seed), own))
         if len(seeds) > 1:
-            last = {
-                scalar: [max(values.items())[1] for values in by_seed.values()]
-                for scalar, by_seed in found.items()
-            }
-            lines.append(line(experiment, "", "mean", last))
+            own = {scalar: list(found.values()) for scalar, found in last.items()}
+            lines.append(line(experiment, "", "mean", own))
     return "\n".join(lines) + "\n"
 
 

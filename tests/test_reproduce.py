@@ -82,15 +82,16 @@ def test_what_a_run_has_measured_is_put_together_from_its_lives(tmp_path):
     write_scalars(run.before / "version_0", {0: 0.0})
     write_scalars(tmp_path / "version_0", {9: 0.125, 19: 0.25})  # was killed, and did 19 again
     write_scalars(tmp_path / "version_1", {19: 0.5, 29: 1.0})
-    assert reproduce.measured(run, "x") == {0: 0.0, 10: 0.125, 20: 0.5, 30: 1.0}
-    assert reproduce.measured(run, "y") == {}
+    found = reproduce.measured(run)
+    assert found["x"] == {0: 0.0, 10: 0.125, 20: 0.5, 30: 1.0}
+    assert found["y"] == {}
 
 
 def test_minutes_are_those_of_steps_and_collections(tmp_path):
     made = reproduce.Run("a", 1, "0", tmp_path, ())
     write_scalars(tmp_path / "version_0", {0: 60.0, 1: 30.0, 2: 30.0}, "seconds/step")
     write_scalars(tmp_path / "version_0", {0: 30.0, 2: 60.0}, "seconds/collection")
-    assert reproduce.measured(made, "minutes") == {0: 0.0, 1: 1.5, 2: 2.0, 3: 3.5}
+    assert reproduce.measured(made)["minutes"] == {0: 0.0, 1: 1.5, 2: 2.0, 3: 3.5}
 
 
 def test_a_run_is_validated_before_training_and_behind_its_last_step(
@@ -115,7 +116,7 @@ checkpoint: {{every_n_train_steps: 1}}
     made = experiment(config=[str(base)], seeds=[1], arms={"a": {}})
     (run,) = reproduce.all_runs(made, tmp_path / "runs", [])
     reproduce.make(run, at_once=2)
-    assert sorted(reproduce.measured(run, "val/length")) == [0, 2, 3]
+    assert sorted(reproduce.measured(run)["val/length"]) == [0, 2, 3]
     record = json.loads(run.record.read_text())
     assert record["command"].endswith(f"thinktuning fit --config={base} --seed_everything=1")
     assert record["resumed"] == []

@@ -17,9 +17,8 @@ from rich.console import Console
 
 from thinktuning import runs
 from thinktuning.callbacks import (
-    AnswerLog,
-    AuditLog,
     BehaviorInjection,
+    RecordLog,
     ResumeCheck,
     RolloutCheckpoint,
     TeacherGuidance,
@@ -169,7 +168,7 @@ class TrainingCLI(MethodCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         self.run = run
         for callback in self.trainer_defaults["callbacks"]:
-            if isinstance(callback, AuditLog | AnswerLog):
+            if isinstance(callback, RecordLog):
                 callback.folder = run
             if isinstance(callback, ResumeCheck):
                 callback.configuration = self._settings()

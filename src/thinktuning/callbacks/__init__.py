@@ -8,6 +8,7 @@ from thinktuning.callbacks.checkpoint import RolloutCheckpoint
 from thinktuning.callbacks.guidance import TeacherGuidance
 from thinktuning.callbacks.injection import BehaviorInjection
 from thinktuning.callbacks.progress import RolloutProgress
+from thinktuning.callbacks.records import RecordLog
 from thinktuning.callbacks.resume import ResumeCheck
 from thinktuning.callbacks.samples import SampleLog
 
@@ -16,6 +17,7 @@ __all__ = [
     "AuditLog",
     "BehaviorInjection",
     "BehaviorRates",
+    "RecordLog",
     "ResumeCheck",
     "RolloutCallback",
     "RolloutCheckpoint",

@@ -8,8 +8,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from thinktuning.callbacks.records import RecordLog, ranked
 from thinktuning.lossy_file import LossyFile
 from thinktuning.rewards import last_boxed
 from thinktuning.types import Rollout, RolloutBatch
@@ -17,26 +18,18 @@ from thinktuning.types import Rollout, RolloutBatch
 log = logging.getLogger(__name__)
 
 
-class AuditLog(Callback):
+class AuditLog(RecordLog):
     """Writes ``audit.jsonl`` into the run's folder: one row per rollout selected for guidance.
 
-    On more than one rank each writes its own ``audit.rank<N>.jsonl``. What a full disk doesn't take
-    is lost, which ends no run.
+    On more than one rank each writes its own ``audit.rank<N>.jsonl``.
     """
-
-    def __init__(self) -> None:
-        self.folder: Path | None = None  # the run's; set by the command line
-        self._file: LossyFile | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Agree on rank 0's folder: others may have looked for a free one after it was made."""
-        self.folder = trainer.strategy.broadcast(self.folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the file; rows of steps that a resumed run does again are taken out."""
-        folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir)
+        folder = self._run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        present = [_name(rank, trainer.world_size) for rank in range(trainer.world_size)]
+        ranks = trainer.world_size
+        present = [ranked("audit", rank, ranks) for rank in range(ranks)]
         path = folder / present[trainer.global_rank]
         self._file = LossyFile(path, of="rows", length=_bytes_before(trainer.global_step, path))
         self._file.append([])
@@ -56,23 +49,13 @@ class AuditLog(Callback):
     ) -> None:
         """Append the rows of this step."""
         rollouts: RolloutBatch = outputs["rollouts"]
-        rows = [audit_row(rollouts.step, r) for r in rollouts.rollouts if r.guidance is not None]
-        assert self._file is not None, "on_train_start must come first"
-        self._file.append([f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in rows])
+        self._append(
+            audit_row(rollouts.step, r) for r in rollouts.rollouts if r.guidance is not None
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how much is missing."""
         self._tell_lost()
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Say how much is missing."""
-        self._tell_lost()
-
-    def _tell_lost(self) -> None:
-        if self._file is not None:
-            self._file.tell_lost()
 
 
 def audit_files(run: Path) -> list[Path]:
@@ -119,10 +102,6 @@ def _judged(rollout: Rollout) -> dict[str, Any]:
         "reward": rollout.reward,
         "tokens": len(rollout.completion_ids),
     }
-
-
-def _name(rank: int, ranks: int) -> str:
-    return f"audit.rank{rank}.jsonl" if ranks > 1 else "audit.jsonl"
 
 
 def _bytes_before(step: int, path: Path) -> int:
