@@ -263,7 +263,7 @@ def gather(experiment: Experiment, made: Sequence[Run], folder: Path) -> None:
 
 
 def measured(run: Run) -> Measured:
-    """What ``fit`` and the validations around it have measured, and the minutes of training."""
+    """What ``fit`` and the validations around it have measured, and what training took."""
     found = read_fit(run)
     for scalar, value in read_validation(run.before).items():
         found[scalar][0] = value
@@ -271,6 +271,7 @@ def measured(run: Run) -> Measured:
     for scalar, value in read_validation(run.after).items():
         found[scalar][last] = value
     found["minutes"] = minutes(found)
+    found["thousand_tokens"] = thousand_tokens(found)
     return found
 
 
@@ -279,6 +280,13 @@ def minutes(found: Measured) -> dict[int, float]:
     steps, collections = found["seconds/step"], found["seconds/collection"]
     taken = [steps[step] + collections.get(step, 0) for step in sorted(steps)]
     return {0: 0.0} | dict(zip(sorted(steps), np.cumsum(taken) / 60, strict=True))
+
+
+def thousand_tokens(found: Measured) -> dict[int, float]:
+    """Of completions that were trained on up to a step: those of groups with any advantage."""
+    rates, seconds = found["tokens_per_second/update"], found["seconds/update"]
+    trained = [rates[step] * seconds[step] for step in sorted(rates)]
+    return dict(zip(sorted(rates), np.cumsum(trained) / 1000, strict=True))
 
 
 def read_fit(run: Run) -> Measured:

@@ -94,6 +94,13 @@ def test_minutes_are_those_of_steps_and_collections(tmp_path):
     assert reproduce.measured(made)["minutes"] == {0: 0.0, 1: 1.5, 2: 2.0, 3: 3.5}
 
 
+def test_tokens_are_counted_where_there_was_something_to_train_on(tmp_path):
+    made = reproduce.Run("a", 1, "0", tmp_path, ())
+    write_scalars(tmp_path / "version_0", {0: 2.0, 1: 2.0, 2: 4.0}, "seconds/update")
+    write_scalars(tmp_path / "version_0", {0: 500.0, 1: 0.0, 2: 250.0}, "tokens_per_second/update")
+    assert reproduce.measured(made)["thousand_tokens"] == {1: 1.0, 2: 1.0, 3: 2.0}
+
+
 def test_a_run_is_validated_before_training_and_behind_its_last_step(
     tmp_path, student, questions, monkeypatch
 ):

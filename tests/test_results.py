@@ -148,6 +148,11 @@ def test_what_the_page_says_of_sums_is_in_the_data():
     kept = made.of("STaR", "star/kept", range(1, 100))
     ((first, second),) = {tuple(math.ceil(answers / 32) for answers in rounds) for rounds in kept}
     assert on_the_page(f"{first} and {second} batches of answers that were right")
+    tokens = {
+        arm: [max(v) for v in made.of(arm, "thousand_tokens", range(1, 100))]
+        for arm in ("ThinkTuning", "GRPO, 80 batches")
+    }
+    assert max(tokens["GRPO, 80 batches"]) < min(tokens["ThinkTuning"]) / 2
 
 
 def test_what_the_page_says_of_reflections_is_in_the_data():
