@@ -164,8 +164,8 @@ def teacher(**values: Any) -> list[str]:
 
 
 COMMAND_LINE = [
-    Row("no command", [], ("expected", "fit"), alone=True),
-    Row("an unknown command", ["train"], ("train", "fit"), alone=True),
+    Row("no command", [], ("one of fit, validate, test, plan", "got ''"), alone=True),
+    Row("an unknown command", ["train"], ("compare, got 'train'", "--help"), alone=True),
     Row("a flag that isn't there", ["--model.grup_size=3"], ("model.grup_size", "--help")),
     Row("a key that isn't there", config("model: {grup_size: 3}\n"), ("grup_size", "--help")),
     Row("a section that isn't there", config("modell: {group_size: 3}\n"), ("modell", "--help")),
@@ -370,13 +370,13 @@ DATA = [
             "row 6: 'answer' has no gold answer, got '####'",
             "row 7: 'answer' has no gold answer, got ''",
             "row 8: 'question' must be a text, got None",
-            "row 9: 'answer' has no gold answer, got None",
+            "row 9: 'answer' must be a text, got None",
         ),
     ),
     Row(
         "a gold answer that is a number",
         rows({"question": "1?", "answer": 1}),
-        ("no gold", "got 1"),
+        ("'answer' must be a text, got 1",),
     ),
     Row(
         "a question that is a number",
@@ -404,7 +404,27 @@ DATA = [
         ("val_source is the same as source", "leave val_source out"),
     ),
     Row("an unknown generator", ["--data.source=reasoning-gym:sums"], ("no generator 'sums'",)),
-    Row("a limit of 0", ["--data.limit=0"], ("limit must be at least 1 or null, got 0",)),
+    Row(
+        "a generator with many right answers",
+        ["--data.source=reasoning-gym:countdown"],
+        ("countdown asks for a calculation", "a generator with one right answer"),
+    ),
+    Row("no source", ["--data.source="], ("source is empty", "give a file, a hub id")),
+    Row(
+        "a limit of 0",
+        ["--data.limit=0", "--data.val_size=64"],
+        ("limit must be at least 1 or null, got 0",),
+    ),
+    Row(
+        "a source of validation, and none of its questions",
+        ["--data.val_source=others.jsonl", "--data.val_size=0"],
+        ("val_size=0 asks nothing of val_source='others.jsonl'",),
+    ),
+    Row(
+        "a dataset that is a script",
+        lambda s: [f"--data.source={s.write('mine.py', 'print(1)')}"],
+        ("cannot read", "mine.py", "expected a .jsonl"),
+    ),
     Row(
         "many faults of the data",
         [
@@ -760,6 +780,34 @@ EVALUATION = [
         "comparing nothing",
         ["compare", "--models=[]", "--output=x"],
         ("models",),
+        alone=True,
+    ),
+    Row(
+        "comparing into a folder that can't be made",
+        lambda s: [
+            "compare",
+            f"--models=[{{name: a, pretrained: {s.student()}}}]",
+            f"--output={below_a_file(s)}",
+        ],
+        ("output", "can't be written into"),
+        alone=True,
+    ),
+    Row(
+        "an evaluation into a folder that can't be made",
+        lambda s: evaluation(s, f"--trainer.default_root_dir={below_a_file(s)}"),
+        ("default_root_dir", "can't be written into"),
+        alone=True,
+    ),
+    Row(
+        "validating without questions",
+        lambda s: ["validate", *s.fit()[1:]],
+        ("validate has no questions", "data.val_size"),
+        alone=True,
+    ),
+    Row(
+        "validating the last checkpoint where there is none",
+        lambda s: ["validate", *s.fit("--ckpt_path=last", "--data.val_size=4")[1:]],
+        ("there is no checkpoint under", "to validate"),
         alone=True,
     ),
 ]

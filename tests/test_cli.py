@@ -1,5 +1,6 @@
 """Configurations, help and errors of the command line; nothing trains here."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -169,3 +170,17 @@ def test_scaled_losses_are_refused():
     module._trainer = SimpleNamespace(precision="16-mixed", strategy=strategy)
     with pytest.raises(InputError, match=r"expected bf16-mixed .* a scaled loss"):
         module.setup("fit")
+
+
+def test_classes_of_one_s_own_lie_in_the_working_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_rewards.py").write_text(
+        "from thinktuning.rewards import Reward\n"
+        "class Short(Reward):\n"
+        "    def score(self, responses):\n"
+        "        return [float(len(r.text) < 80) for r in responses]\n"
+    )
+    (tmp_path / "torch.py").write_text("raise RuntimeError('hides a package')\n")
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p])
+    monkeypatch.chdir(tmp_path)
+    config = printed_config(capsys, "--model.rewards=[{class_path: my_rewards.Short}]")
+    assert [reward["class_path"] for reward in config["model"]["rewards"]] == ["my_rewards.Short"]

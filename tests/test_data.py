@@ -245,6 +245,12 @@ def test_an_unknown_generator_is_named():
         load_questions("reasoning-gym:gsm_symbolical", "train")
 
 
+@pytest.mark.parametrize("name", ["countdown", "puzzle24"])
+def test_a_generator_with_many_right_answers_is_refused(name):
+    with pytest.raises(InputError, match=f"{name} asks for a calculation, such as .*one right"):
+        load_questions(f"reasoning-gym:{name}", "train", limit=5)
+
+
 # ---------------------------------------------------------------- prompt text
 
 CHAT = [
@@ -522,6 +528,21 @@ def test_there_need_not_be_any_validation(folder, source):
     assert list(data.val_dataloader()) == []
 
 
+def test_no_question_is_in_training_and_in_validation(folder, tmp_path, caplog):
+    made = [upstream_row(n % 8, n) for n in range(10)]  # the last two repeat the first two
+    source = write_jsonl(tmp_path / "again.jsonl", made)
+    with caplog.at_level(logging.WARNING, logger="thinktuning"):
+        data = data_module(folder, source)
+    assert rows(data.val_prompts) == [7, 8, 9]
+    assert rows(data.train_prompts) == [2, 3, 4, 5, 6]
+    assert [r.getMessage() for r in caplog.records] == [
+        "2 of 7 training questions are asked in validation, too, and left out"
+    ]
+    others = write_jsonl(tmp_path / "others.jsonl", made)
+    with pytest.raises(InputError, match="every training question is asked in validation, too"):
+        data_module(folder, source, val_source=others, val_size=10)
+
+
 def test_generated_questions_for_training_and_validation_differ(folder):
     data = data_module(folder, "reasoning-gym:gsm_symbolic", limit=6, max_prompt_tokens=5000)
     assert (len(data.train_prompts), len(data.val_prompts)) == (6, 3)
@@ -566,8 +587,10 @@ def test_validation_that_would_take_every_question_is_refused(folder, source):
 
 def test_settings_out_of_range_are_told_together():
     with pytest.raises(InputError) as error:
-        GSM8KDataModule("unused", batch_size=0, val_batch_size=0, val_size=-1, max_prompt_tokens=0)
-    for name in ("batch_size", "val_batch_size", "val_size", "max_prompt_tokens"):
+        GSM8KDataModule(
+            "unused", batch_size=0, val_batch_size=0, val_size=-1, max_prompt_tokens=0, limit=-5
+        )
+    for name in ("batch_size", "val_batch_size", "val_size", "max_prompt_tokens", "limit"):
         assert f"{name} must be at least" in str(error.value)
 
 

@@ -109,8 +109,9 @@ def test_whatever_is_written_a_box_is_read_whole_or_not_at_all(text):
         ("1/2", "0.5"),
         (r"\frac{2}{4}", r"\frac{1}{2}"),
         ("-3", "-3"),
-        ("3 + 4", "7"),
         ("2^3", "8"),
+        ("3 + 4 = 7", "7"),
+        ("4 + 3", "3 + 4"),
         ("x = 7", "7"),
         (r"\$12", "12"),
         ("$12", "12"),
@@ -120,6 +121,10 @@ def test_whatever_is_written_a_box_is_read_whole_or_not_at_all(text):
         ("50%", "50"),
         (r"\sqrt{8}", r"2\sqrt{2}"),
         ("x + 1", "1 + x"),
+        (r"\text{ Friday}", "friday"),
+        ("not at all", r"\text{Not at all}"),
+        ("a, b", "a,b"),
+        ("1 2\n3 4", "1  2\n3  4"),
     ],
 )
 def test_the_same_value_is_correct_in_any_form(box, answer):
@@ -141,6 +146,13 @@ def test_the_same_value_is_correct_in_any_form(box, answer):
         (r"\text{none}", "7"),
         ("?", "7"),
         ("x", "7"),
+        ("3 + 4", "7"),
+        (r"14 \div 2", "7"),
+        ("(1 + 2.5)*2", "7"),
+        ("7", "3 + 4"),
+        ("on", "no"),
+        ("listen", "silent"),
+        ("4 3\n2 1", "1 2\n3 4"),
     ],
 )
 def test_another_value_is_wrong(box, answer):

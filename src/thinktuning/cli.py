@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -111,10 +112,18 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     _silence_untrue_warnings()
     bound_shape_caches()
+    # Rewards and stages of one's own lie there. Behind all else, so that no file hides a package.
+    sys.path.append(os.getcwd())
     arguments = sys.argv[1:] if args is None else args
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     functions: dict[str, Callable[..., None]] = {"export": export, "compare": compare}
     try:
+        commands = ("fit", "validate", "test", *_READERS, *functions)
+        if command not in (*commands, "-h", "--help"):
+            raise InputError(
+                f"the command must be one of {', '.join(commands)}, got {command!r}; "
+                f"`thinktuning --help` says what they do"
+            )
         if command in functions:
             jsonargparse.auto_cli(
                 functions[command], args=rest, as_positional=False, prog=f"thinktuning {command}"

@@ -1,8 +1,10 @@
 """Where a run lives: ``<root>/version_<N>`` with its checkpoints, logs and configurations."""
 
+import tempfile
 from pathlib import Path
 
 from thinktuning.checkpointing import META
+from thinktuning.errors import InputError
 
 CHECKPOINTS = "checkpoints"
 CELLS = "cells.json"
@@ -13,6 +15,18 @@ def versions(root: Path) -> list[Path]:
     """The runs under ``root``, oldest first."""
     found = [p for p in root.glob(f"{_VERSION}*") if p.name.removeprefix(_VERSION).isdigit()]
     return sorted(found, key=lambda p: int(p.name.removeprefix(_VERSION)))
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Refuse a folder, given by an option, that nothing can be put into."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(
+            f"{option}: {str(folder)!r} can't be written into ({error.strerror}); give a folder "
+            f"that you may write to"
+        ) from error
 
 
 def new_run(root: Path) -> Path:

@@ -2,7 +2,6 @@
 
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -144,6 +143,15 @@ class TrainingCLI(MethodCLI):
         parser.link_arguments("model.pretrained", "data.tokenizer")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
 
+    def before_instantiate_classes(self) -> None:
+        """There must be questions to validate on where that is what is asked for."""
+        super().before_instantiate_classes()
+        verb = self.subcommand
+        if verb in ("validate", "test") and self.config[verb].data.val_size == 0:
+            raise InputError(
+                f"{verb} has no questions: data.val_size is 0; say e.g. --data.val_size 64"
+            )
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the run its folder: a new one, or that of the checkpoint it resumes from."""
         settings = self._get(self.config_init, "trainer")
@@ -159,7 +167,7 @@ class TrainingCLI(MethodCLI):
                 "trainer.default_root_dir"
             )
         root = Path(settings["default_root_dir"])
-        _check_writable(root)
+        runs.check_writable(root, "trainer.default_root_dir")
         checkpoint = self._checkpoint(root)
         run = (checkpoint and runs.run_of(checkpoint)) or runs.new_run(root)
         self.config_init[self.subcommand]["ckpt_path"] = str(checkpoint) if checkpoint else None
@@ -189,6 +197,11 @@ class TrainingCLI(MethodCLI):
         if wanted is None:
             return None
         found = runs.last_checkpoint(root) if wanted == "last" else Path(wanted)
+        if found is None and self.subcommand != "fit":
+            raise InputError(
+                f"there is no checkpoint under {root} to {self.subcommand}; say where the run "
+                f"lies by trainer.default_root_dir, or give --ckpt_path a file"
+            )
         if found is None:
             rank_zero_warn(f"there is no checkpoint under {root}: the run starts afresh")
         elif not found.exists():
@@ -314,6 +327,7 @@ class EvaluationCLI(MethodCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the run a folder, and keep no checkpoints in it."""
         root = Path(self._get(self.config_init, "trainer")["default_root_dir"])
+        runs.check_writable(root, "trainer.default_root_dir")
         self.run = runs.new_run(root)
         kwargs = self._logging_into(self.run, kwargs)
         return super().instantiate_trainer(**kwargs, enable_checkpointing=False)
@@ -337,18 +351,6 @@ def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in tree.items():
         yield from _flat(value, f"{path}.{key}" if path else str(key))
-
-
-def _check_writable(root: Path) -> None:
-    """Refuse a folder for runs that none can be put into."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=root).close()
-    except OSError as error:
-        raise InputError(
-            f"trainer.default_root_dir: runs can't be written into {str(root)!r} "
-            f"({error.strerror}); give a folder that you may write to"
-        ) from error
 
 
 def _seed(seed: bool | int) -> int:

@@ -72,6 +72,10 @@ class GSM8KDataModule(LightningDataModule):
             ("val_size", val_size, 0),
             ("max_prompt_tokens", max_prompt_tokens, 1),
         )
+        if limit is not None and limit < 1:
+            faults.append(f"limit must be at least 1 or null, got {limit}")
+        if val_source is not None and val_size == 0:
+            faults.append(f"val_size=0 asks nothing of val_source={val_source!r}; give a val_size")
         if faults:
             raise InputError("data: " + "; ".join(faults))
         self.tokenizer_name = tokenizer
@@ -99,7 +103,24 @@ class GSM8KDataModule(LightningDataModule):
         self.val_prompts = self._prompts(val, "validation") if val else []
 
     def _split(self) -> tuple[list[Question], list[Question]]:
-        """Training and validation questions; none is in both."""
+        """Training and validation questions; no text is in both."""
+        train, val = self._sources()
+        held_out = {question.text for question in val}
+        apart = [question for question in train if question.text not in held_out]
+        if len(apart) < len(train):
+            log.warning(
+                "%d of %d training questions are asked in validation, too, and left out",
+                len(train) - len(apart),
+                len(train),
+            )
+        if not apart:
+            raise InputError(
+                "data: every training question is asked in validation, too; give other questions "
+                "as val_source"
+            )
+        return apart, val
+
+    def _sources(self) -> tuple[list[Question], list[Question]]:
         if self.val_size == 0:
             return load_questions(self.source, "train", self.seed, self.limit), []
         is_hub_gsm8k = self.source == "openai/gsm8k"

@@ -13,6 +13,7 @@ import yaml
 
 from thinktuning.engines.seeding import derive_seed
 from thinktuning.errors import InputError
+from thinktuning.rewards import is_calculation
 
 REASONING_GYM = "reasoning-gym:"
 _MAX_FAULTS_SHOWN = 5
@@ -82,6 +83,8 @@ def load_questions(
     """
     if limit is not None and limit < 1:
         raise InputError(f"data: limit must be at least 1 or null, got {limit}")
+    if not source:
+        raise InputError("data: source is empty; give a file, a hub id or reasoning-gym:NAME")
     if source.startswith(REASONING_GYM):
         rows = _generated(source.removeprefix(REASONING_GYM), split, seed, limit or 1000)
     else:
@@ -104,7 +107,8 @@ def _stored(source: str, split: str, limit: int | None) -> Iterable[Mapping[str,
             columns, read = table.column_names, list(table)
     except StopIteration as error:  # what datasets says of an empty file
         raise InputError(f"data: {source!r} has no rows") from error
-    except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
+    # A RuntimeError: scripts, which datasets doesn't run any more, and what is nested too deep.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         cause = error.__cause__ or error.__context__
         detail = f" ({cause})" if cause is not None else ""
@@ -162,7 +166,7 @@ def _generated(called: str, split: str, seed: int, size: int) -> Iterable[Mappin
     far = derive_seed(seed, split, "questions") % 2**31
     try:
         settings = {k: yaml.safe_load(v) for k, v in parse_qsl(query, strict_parsing=bool(query))}
-        return reasoning_gym.create_dataset(name, seed=far, size=size, **settings)
+        made = reasoning_gym.create_dataset(name, seed=far, size=size, **settings)
     # A generator's settings are of its own class, which checks them by assertions.
     except (ValueError, TypeError, AssertionError, yaml.YAMLError) as error:
         if name not in reasoning_gym.factory.DATASETS:
@@ -171,15 +175,25 @@ def _generated(called: str, split: str, seed: int, size: int) -> Iterable[Mappin
             f"data: reasoning-gym's {name} doesn't take the settings {query!r}: {error}; expected "
             f"e.g. {REASONING_GYM}chain_sum?max_terms=3&max_digits=2"
         ) from error
+    rows = list(made)
+    if calculation := next((a for row in rows if is_calculation(a := str(row["answer"]))), None):
+        raise InputError(
+            f"data: reasoning-gym's {name} asks for a calculation, such as {calculation!r}: many "
+            f"would be right, and this one alone would be rewarded; take a generator with one "
+            f"right answer"
+        )
+    return rows
 
 
 def _questions(source: str, rows: Iterable[Mapping[str, Any]]) -> list[Question]:
     questions, faults = [], []
     for index, row in enumerate(rows):
         text, answer = row["question"], row["answer"]
-        gold = parse_gold(answer) if isinstance(answer, str) else None
+        gold = parse_gold(str(answer))
         if not isinstance(text, str) or not text.strip():
             faults.append(f"row {index + 1}: 'question' must be a text, got {text!r:.60}")
+        elif not isinstance(answer, str):
+            faults.append(f"row {index + 1}: 'answer' must be a text, got {answer!r:.60}")
         elif _HALF_CHARACTER.search(f"{text}{answer}"):
             faults.append(f"row {index + 1}: has half a character (a lone surrogate): {text!r:.60}")
         elif gold is None:

@@ -117,7 +117,8 @@ def _hub_rows(benchmark: Benchmark) -> list[dict[str, Any]]:
     hub_id = benchmark.hub_id
     try:
         return list(datasets.load_dataset(hub_id, benchmark.config, split=benchmark.split))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    # A RuntimeError: a script, which datasets doesn't run any more.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, datasets.exceptions.DatasetNotFoundError | GatedRepoError):
             remedy = (
                 f"accept its terms on https://huggingface.co/datasets/{hub_id} and log in by "

@@ -71,6 +71,7 @@ def compare(
             evaluations that failed.
     """
     _check(models, evaluation, strategies, benchmarks, baseline)
+    runs.check_writable(Path(output), "output")
     counted = load_behaviors(behaviors)
     cells: list[Cell] = []
     failed: list[str] = []

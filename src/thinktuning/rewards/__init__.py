@@ -3,7 +3,7 @@
 from thinktuning.rewards.answers import LETTERS, extract_answer, judge, judge_version
 from thinktuning.rewards.base import Response, Reward
 from thinktuning.rewards.guard import RewardGuard
-from thinktuning.rewards.maths import MathReward, last_boxed, verify_math
+from thinktuning.rewards.maths import MathReward, is_calculation, last_boxed, verify_math
 from thinktuning.rewards.phrase import PhraseReward
 from thinktuning.rewards.scoring import reward_names, score, score_rollouts
 from thinktuning.types import Outcome
@@ -17,6 +17,7 @@ __all__ = [
     "Reward",
     "RewardGuard",
     "extract_answer",
+    "is_calculation",
     "judge",
     "judge_version",
     "last_boxed",

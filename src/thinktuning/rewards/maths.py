@@ -9,6 +9,11 @@ from thinktuning.types import Outcome
 
 _verifier = Verifier()
 
+_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\{([^{}]*)\}")
+_WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_](?:[^\W\d_]|[\s,.'\-])*[^\W\d_]")
+_ARITHMETIC = re.compile(r"(?:[\d.,\s()$+*/\-]|\\(?:times|cdot|div)\b)+")
+_OPERATION = re.compile(r"[\d)]\s*(?:[+*\-]|\\(?:times|cdot|div)\b)")
+
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last ``\boxed{…}`` with balanced braces, stripped; None where there is none.
@@ -32,7 +37,9 @@ def last_boxed(text: str) -> str | None:
 def verify_math(response: str, answer: str, finished: bool = True) -> Outcome:
     r"""Compare a response's last ``\boxed{}`` with the gold answer, symbolically.
 
-    The comparison runs in a worker process that is killed after a hard deadline.
+    The comparison runs in a worker process that is killed after a hard deadline. Gold answers of
+    words or of several lines are compared as text: mathematics would take ``on`` and ``no`` for the
+    same product. A calculation isn't its result: else "3 + 8 + 2" would answer what that makes.
 
     Args:
         response: The completion's text.
@@ -49,7 +56,27 @@ def verify_math(response: str, answer: str, finished: bool = True) -> Outcome:
         return Outcome.NO_ANSWER
     if boxed == answer:
         return Outcome.CORRECT
+    if is_text(answer):
+        same = _plain(boxed) == _plain(answer)
+        return Outcome.CORRECT if same else Outcome.WRONG
+    if is_calculation(boxed) != is_calculation(answer):
+        return Outcome.WRONG
     return _verifier.compare(boxed, answer)
+
+
+def is_text(answer: str) -> bool:
+    """Whether an answer is words, or has several lines."""
+    return "\n" in answer or _WORDS.fullmatch(_TEXT_COMMAND.sub(r"\1", answer)) is not None
+
+
+def is_calculation(answer: str) -> bool:
+    """Whether an answer is numbers with operations between them; ``1/2`` and ``-3`` are numbers."""
+    return _ARITHMETIC.fullmatch(answer) is not None and _OPERATION.search(answer) is not None
+
+
+def _plain(answer: str) -> str:
+    """Without commands, spaces and capitals."""
+    return "".join(_TEXT_COMMAND.sub(r"\1", answer).split()).casefold()
 
 
 class MathReward(Reward):
