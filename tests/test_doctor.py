@@ -72,9 +72,9 @@ def test_a_healthy_set_up(capsys, monkeypatch, student, questions, tmp_path):
     arguments = fit_arguments(student(), questions, tmp_path / "runs")[1:]
     code, said = doctor(capsys, *arguments)
     assert code == 0, said
-    assert "16 checks: 16 ok." in said
+    assert "17 checks: 17 ok." in said
     for number, name in enumerate(["versions", "devices", "checkpoint folder", "verifier"], 1):
-        assert f"{number}/16 {name} …" in said, "a line as it begins"
+        assert f"{number}/17 {name} …" in said, "a line as it begins"
     assert "<|bos|><|start|>system" in said, "the first prompt"
     assert "Add.<|end|><|start|>user" in said
     assert "begins with 1 BOS token (<|bos|>)" in said
@@ -97,7 +97,7 @@ def test_what_is_wrong_is_told_together_and_the_rest_is_checked(
     assert "needs the check of: tokenizer, which has failed" in said
     assert "needs the check of: questions, which was skipped" in said
     assert "the next comparison works" in said
-    assert "16 checks: 3 ok, 3 failed, 10 skipped." in said
+    assert "17 checks: 3 ok, 3 failed, 11 skipped." in said
 
 
 def test_other_methods_have_no_doctor():
@@ -185,6 +185,17 @@ def test_a_checkpoint_has_the_size_of_a_real_one(setup, tmp_path):
     torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "real.ckpt")
     real = (tmp_path / "real.ckpt").stat().st_size
     assert machine.checkpoint_bytes(one.plan) == pytest.approx(real, rel=0.1)
+
+
+def test_batches_that_cannot_be_shared(setup):
+    assert machine.batches(setup()).status is Status.OK
+    for flags in (
+        ["--model.num_mini_batches=3"],
+        ["--trainer.strategy=ddp", "--trainer.devices=4", "--model.num_mini_batches=4"],
+    ):
+        finding = machine.batches(setup(*flags))
+        assert finding.status is Status.FAILED
+        assert "must be a multiple of" in finding.advice
 
 
 def test_memory_that_does_not_suffice(setup):

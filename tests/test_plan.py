@@ -200,6 +200,15 @@ def test_vllm_has_weights_and_a_cache_of_its_own(folder):
     assert not on_gpu.moments["backward"]["vLLM's own weights"]
 
 
+def test_servers_sample_elsewhere(folder):
+    server = Sampler(server=True)
+    guidance = Guidance(server, replies=4, prompt_tokens=100, reply_tokens=20)
+    plan = make_plan(job(folder, sampler=server, guidance=guidance))
+    for moment in ("rollout", "guidance"):
+        assert plan.moments[moment].keys() == {"policy weights", "optimizer state"}
+    assert work_of(plan.job, plan.sizes, plan.moments).keys() == {"update"}
+
+
 def test_the_largest_micro_batch_fits_and_the_next_does_not(folder):
     need = {n: trace_update(job(folder), n).total() + ADAMW * PARAMETERS for n in (5, 6)}
     plan = make_plan(job(folder, device_memory=(need[5] + need[6]) // 2))

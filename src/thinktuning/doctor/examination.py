@@ -42,6 +42,7 @@ def checks_of(config: Namespace) -> list[Check]:
         Check("checkpoint folder", machine.checkpoint_folder),
         Check("verifier", machine.verifier),
         Check("model", machine.model, ("devices",)),
+        Check("batches", machine.batches, ("model",)),
         Check("memory", machine.memory, ("model",)),
         Check("disk space", machine.disk_space, ("model", "checkpoint folder")),
         Check("tokenizer", text.tokenizer),

@@ -167,6 +167,19 @@ def model(setup: Setup) -> Finding:
     )
 
 
+def batches(setup: Setup) -> Finding:
+    """Ranks and optimizer steps can share a rollout batch."""
+    job, questions = setup.plan.job, setup.config.data.batch_size
+    parts = job.ranks * job.num_mini_batches
+    found = (
+        f"{questions} questions × {job.group_size} for {job.ranks} ranks and "
+        f"{job.num_mini_batches} optimizer steps"
+    )
+    if questions % parts:
+        return failed(found, f"data.batch_size must be a multiple of {parts}")
+    return ok(found)
+
+
 def memory(setup: Setup) -> Finding:
     """A step fits into a device, by the plan."""
     return fits(setup.plan, free_memory(setup.plan.job))

@@ -52,6 +52,7 @@ class Sampler:
     Attributes:
         pretrained: Of weights of its own; None for those of student and reference.
         vllm: It is vLLM, with weights and cache of its own; else it decodes with Transformers.
+        server: It is servers', on devices that aren't planned for.
         max_batch_size: Completions that Transformers decodes at a time.
         quantization: Of weights of its own.
         dtype: In which vLLM keeps weights and cache; None: float32 on a CPU, else bfloat16.
@@ -61,6 +62,7 @@ class Sampler:
 
     pretrained: str | None = None
     vllm: bool = False
+    server: bool = False
     max_batch_size: int = 64
     quantization: Literal["4bit", "8bit"] | None = None
     dtype: str | None = None
@@ -224,7 +226,8 @@ def _guidance(
 
 def _sampler(spec: Namespace) -> Sampler:
     known = {k: v for k, v in _init(spec).items() if k in Sampler.__dataclass_fields__}
-    return Sampler(vllm=spec.class_path.endswith("VLLMEngine"), **known)
+    name = spec.class_path.rsplit(".", 1)[-1]
+    return Sampler(vllm=name == "VLLMEngine", server=name == "VLLMServerEngine", **known)
 
 
 def _optimizer(spec: Namespace) -> Callable[[Iterable[Any]], Optimizer]:

@@ -197,6 +197,8 @@ def _stepping(job: Job, sizes: Sizes, cost: OptimizerCost) -> int:
 
 def _decoding(job: Job, sizes: Sizes, sampler: Sampler, guidance: Guidance | None) -> Bytes:
     """What an engine takes while it samples for the student, or replies for the teacher."""
+    if sampler.server:
+        return Bytes()
     if sampler.vllm:
         return Bytes({ENGINE: _vllm_bytes(job, sizes, sampler)} if job.gpu else {})
     if guidance is None:

@@ -31,12 +31,13 @@ class Work:
 
 
 def work_of(job: Job, sizes: Sizes, moments: dict[str, Bytes]) -> dict[str, Work]:
-    """The stages of a step, for completions as long as they may be."""
+    """The stages of a step that a device does, for completions as long as they may be."""
     rollouts = job.prompts * job.group_size
     length = job.prompt_tokens + job.completion_tokens
     forward = rollouts * sizes.forward.flop(length)
-    stages = {
-        "rollout": Work(
+    stages = {}
+    if not job.sampler.server:
+        stages["rollout"] = Work(
             tokens=job.prompts * job.prompt_tokens + rollouts * job.completion_tokens,
             flop=rollouts * sizes.forward.flop(length, since=job.prompt_tokens)
             + job.prompts * sizes.forward.flop(job.prompt_tokens),
@@ -48,8 +49,7 @@ def work_of(job: Job, sizes: Sizes, moments: dict[str, Bytes]) -> dict[str, Work
                 cache=moments["rollout"][CACHE],
             ),
         )
-    }
-    if job.guidance is not None:
+    if job.guidance is not None and not job.guidance.sampler.server:
         replies = job.guidance.replies
         length_of_reply = job.guidance.prompt_tokens + job.guidance.reply_tokens
         stages["guidance"] = Work(
