@@ -18,8 +18,9 @@ import pytest
 import tiny
 import torch
 from lightning.pytorch import Callback
+from peft import LoraConfig, get_peft_model
 from running import audit, fit_arguments, run
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from thinktuning.cli import main
 from thinktuning.policy import end_of_turn_ids, load_generation_config
@@ -137,6 +138,14 @@ def more_tokens_than_weights(folder: Path) -> None:
     text = AutoTokenizer.from_pretrained(folder)
     text.add_tokens(["Box it"])
     text.save_pretrained(folder)
+
+
+def as_adapter(folder: Path) -> None:
+    base = folder.with_name("base")
+    shutil.copytree(folder, base)
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig()).save_pretrained(folder)
 
 
 def cut_off(file: str) -> Callable[[Path], Any]:
@@ -301,6 +310,11 @@ FOLDERS = [
         "a model without a tokenizer",
         model(lambda f: [p.unlink() for p in f.glob("*token*")]),
         ("cannot load the tokenizer", "expected a folder with config.json"),
+    ),
+    Row(
+        "an adapter alone",
+        model(as_adapter),
+        ("it is an adapter", "thinktuning export", "--ckpt_path"),
     ),
     Row(
         "weights that are cut off",

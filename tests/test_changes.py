@@ -16,7 +16,7 @@ from thinktuning.callbacks import ResumeCheck, TeacherGuidance
 from thinktuning.cli import main
 from thinktuning.data import GSM8KDataModule
 from thinktuning.errors import InputError
-from thinktuning.policy import load_tokenizer
+from thinktuning.policy import LoraSettings, load_tokenizer
 
 pytestmark = pytest.mark.faults
 
@@ -49,7 +49,7 @@ def start(tmp_path):
     )
 
 
-def started(start):
+def started(start, lora=None):
     """The parts of a run that the check looks at."""
     source, val = str(start.train), str(start.val)
     data = GSM8KDataModule(str(start.model), source=source, val_source=val, val_size=4)
@@ -58,7 +58,7 @@ def started(start):
     fitting = SimpleNamespace(fn="fit")
     trainer = SimpleNamespace(datamodule=data, state=fitting, callbacks=[guidance])
     text = load_tokenizer(str(start.model))
-    return trainer, SimpleNamespace(tokenizer=text, pretrained=str(start.model))
+    return trainer, SimpleNamespace(tokenizer=text, pretrained=str(start.model), lora=lora)
 
 
 def saved(start) -> dict:
@@ -180,6 +180,15 @@ def test_another_model_under_the_same_path_is_told(start, caplog, change):
     checkpoint = saved(start)
     change(start.model)
     assert told_on_resume(start, checkpoint, caplog) == ["model.pretrained: other contents"]
+
+
+def test_adapters_do_not_go_on_on_other_weights(start):
+    lora = LoraSettings()
+    check, checkpoint = ResumeCheck(), {}
+    check.on_save_checkpoint(*started(start, lora), checkpoint)
+    other_weights(start.model)
+    with pytest.raises(InputError, match="the checkpoint has adapters only"):
+        ResumeCheck().on_load_checkpoint(*started(start, lora), checkpoint)
 
 
 def test_what_is_changed_while_a_run_goes_on_is_told_when_it_resumes(start, caplog):

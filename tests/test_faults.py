@@ -90,6 +90,14 @@ def test_a_teacher_that_stays_away_ends_the_run_in_the_end(student, questions, t
     assert scalars(tmp_path / "b" / "version_0")["guidance/realised_gamma"] == [0.0] * 3
 
 
+def test_feedback_that_is_never_usable_is_told(student, questions, tmp_path, caplog):
+    useless = ("--guidance.teacher=null", "--guidance.max_prompt_tokens=5", "--trainer.max_steps=7")
+    main(fit_arguments(student(), questions, tmp_path, *useless))
+    (told,) = [r.getMessage() for r in caplog.records if "plain GRPO" in r.getMessage()]
+    assert "none of the teacher's feedback could be used for 5 steps" in told
+    assert "prompt_too_long" in told
+
+
 # ------------------------------------------------------------------- rewards
 
 
@@ -229,6 +237,7 @@ def test_steps_that_are_not_finite_are_skipped_kept_and_end_the_run(
 
     monkeypatch.setattr(PolicyUpdate, "loss", poisoned)
     everywhere = ("--model.objective.kl_coef=0.01", "--model.num_mini_batches=2")
+    everywhere += ("--trainer.logger=false",)  # which has no folder
     limit = "--model.max_skipped_steps=4"
     said = ended(fit_arguments(student(), questions, tmp_path, limit, *everywhere))
     assert "4 optimizer steps in a row" in said and "skipped" in said
@@ -258,6 +267,24 @@ def test_a_finite_step_begins_a_new_row(student, questions, tmp_path, monkeypatc
     assert skipped == [0.0, 1.0, 0.0, 1.0, 0.0]
 
 
+def test_a_policy_that_has_diverged_ends_the_run_and_frees_its_engine(
+    student, questions, tmp_path, monkeypatch
+):
+    """Its steps were finite; what they have made of it isn't."""
+    real, closed = PolicyUpdate.run, []
+
+    def too_far(self, inputs):
+        work = real(self, inputs)
+        self.module.policy.get_input_embeddings().weight.data.fill_(float("inf"))
+        return work
+
+    monkeypatch.setattr(PolicyUpdate, "run", too_far)
+    monkeypatch.setattr(TransformersEngine, "close", lambda engine: closed.append(engine))
+    said = ended(fit_arguments(student(), questions, tmp_path, "--data.val_size=0"))
+    assert "the model's logits aren't finite" in said and "older checkpoint" in said
+    assert len(closed) == 1
+
+
 # --------------------------------------------------------------------- drift
 
 
@@ -274,10 +301,10 @@ class Drifting(TransformersEngine):
 
 @pytest.mark.parametrize("limit", [0.2, None])
 def test_a_gap_that_is_no_number_is_told_too(limit):
-    module = SimpleNamespace(max_logprob_gap=limit, global_step=3)
+    module = SimpleNamespace(max_logprob_gap=limit)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        ThinkTuningModule._watch_drift(module, {"engine/logprob_gap": float("nan")})
+        ThinkTuningModule._watch_drift(module, 3, {"engine/logprob_gap": float("nan")})
     assert len(told) == (limit is not None)
 
 

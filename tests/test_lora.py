@@ -61,7 +61,8 @@ def test_the_kl_term_and_the_teacher_read_the_reference(student, questions, tmp_
 
 def test_a_run_resumes_with_its_adapters_and_exports_them_merged(student, questions, tmp_path):
     main(fit_arguments(student(), questions, tmp_path, *LORA, "--trainer.max_steps=2"))
-    main(fit_arguments(student(), questions, tmp_path, *LORA, "--ckpt_path=last"))
+    spelled = f"--model.pretrained={student()}/."
+    main(fit_arguments(student(), questions, tmp_path, *LORA, spelled, "--ckpt_path=last"))
     assert checkpoint(tmp_path)["global_step"] == 3
     whole = tmp_path / "whole"
     main(fit_arguments(student(), questions, whole, *LORA))

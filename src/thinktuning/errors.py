@@ -17,7 +17,7 @@ class LostGradientsError(RuntimeError):
 
 
 class DivergedError(RuntimeError):
-    """Too many optimizer steps in a row had a loss or a gradient that isn't finite."""
+    """The model's logits aren't finite, or too many losses or gradients in a row weren't."""
 
 
 class FailingRewardError(RuntimeError):

@@ -167,15 +167,15 @@ class ThinkTuningModule(PolicyModule):
             teaching = Mean(metrics.seconds["guidance"], metrics.seconds["step"])
             metrics.add({"time_share/guidance": teaching})
         values = self._log_step(rollouts.step, metrics)
-        self._watch_drift(values)
+        self._watch_drift(rollouts.step, values)
         return {"rollouts": rollouts, "metrics": values}
 
-    def _watch_drift(self, values: Mapping[str, float]) -> None:
+    def _watch_drift(self, step: int, values: Mapping[str, float]) -> None:
         """Say so where the engine doesn't sample from the policy that is trained."""
         gap, limit = values.get("engine/logprob_gap", 0.0), self.max_logprob_gap
         if limit is not None and not gap <= limit:  # so that nan is told as well
             rank_zero_warn(
-                f"step {self.global_step}: logprobs of the engine and of the trainer differ by "
+                f"step {step}: logprobs of the engine and of the trainer differ by "
                 f"{gap:.3f} nats on average, and model.max_logprob_gap={limit} is allowed: what is "
                 f"trained on is less and less what the policy would say; see docs/engines.md"
             )

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from thinktuning.callbacks.base import StageObserver
+from thinktuning.callbacks.release import EngineRelease
 from thinktuning.engines import (
     Completion,
     Engine,
@@ -283,10 +285,12 @@ class PolicyModule(LightningModule):
             raise InputError(
                 f"the checkpoint was made with model.lora {checkpoint.get('lora')}, not {lora}"
             )
-        if lora is not None and checkpoint["pretrained"] != self.pretrained:
+        base = checkpoint["pretrained"]
+        same = base == self.pretrained or Path(base).resolve() == Path(self.pretrained).resolve()
+        if lora is not None and not same:
             raise InputError(
-                f"the checkpoint's adapters belong to {checkpoint['pretrained']!r}, not to "
-                f"{self.pretrained!r}"
+                f"the checkpoint's adapters belong to {base!r}, not to {self.pretrained!r}; if "
+                f"that is the same model under another name, link the old name to it"
             )
         self._resumed_optimizer = checkpoint.get("optimizer")
         expected, found = set(self.state_dict()), set(checkpoint["state_dict"])
@@ -440,6 +444,10 @@ class PolicyModule(LightningModule):
         for name, value in values.items():
             self.log(name, value, prog_bar=name == self.headline, logger=False, batch_size=1)
         return values
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What belongs to every run of the module."""
+        return [EngineRelease()]
 
     def teardown(self, stage: str) -> None:
         """Release the engine."""

@@ -29,11 +29,15 @@ class SkippedSteps:
 
     Args:
         limit: The run ends behind so many.
+
+    Attributes:
+        folder: The run's; set by the command line.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.in_a_row = 0
+        self.folder: Path | None = None
 
     def note(self, finite: bool, number: int, mini: PolicyInputs, module: "PolicyModule") -> None:
         """Note an optimizer step, on all ranks alike.
@@ -50,7 +54,10 @@ class SkippedSteps:
         self.in_a_row = 0 if finite else self.in_a_row + 1
         if finite:
             return
-        path = _dump(mini, number, module)
+        trainer = module.trainer
+        folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir)
+        # Rank 0's: others may have looked for a free one after it was made.
+        path = _dump(mini, number, module, trainer.strategy.broadcast(folder) / "skipped")
         log.warning(
             "step %d: the loss or its gradient isn't finite; the optimizer step is skipped (%d in "
             "a row, the run ends behind %d), its batch is in %s",
@@ -67,11 +74,9 @@ class SkippedSteps:
             )
 
 
-def _dump(mini: PolicyInputs, number: int, module: "PolicyModule") -> Path:
+def _dump(mini: PolicyInputs, number: int, module: "PolicyModule", folder: Path) -> Path:
     """Write a batch as a dictionary of tensors, for ``torch.load``; see ``PolicyInputs``."""
-    trainer = module.trainer
-    folder = Path(trainer.log_dir or trainer.default_root_dir) / "skipped"
-    name = f"step={module.global_step:06d}.mini={number}.rank={trainer.global_rank}.pt"
+    name = f"step={module.global_step:06d}.mini={number}.rank={module.global_rank}.pt"
     path = folder / name
     tensors = {f.name: getattr(mini, f.name) for f in fields(mini)}
     try:

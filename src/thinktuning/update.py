@@ -107,10 +107,11 @@ class Update(ABC):
 
     def observe(self, micro: PolicyInputs, scores: TokenScores, output: LossOutput) -> None:
         """Note a micro-batch after its backward pass; its logprobs keep their gradient."""
+        own = micro.completion_mask & ~micro.injected_mask
         self.metrics.add(
             {
                 "objective/loss": Mean(output.loss.detach(), 0),
-                "objective/entropy": Mean(scores.entropy.sum(), micro.completion_mask.sum()),
+                "objective/entropy": Mean((scores.entropy * own).sum(), own.sum()),
             }
         )
 

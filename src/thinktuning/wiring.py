@@ -214,7 +214,8 @@ class TrainingCLI(MethodCLI):
         return found
 
     def before_fit(self) -> None:
-        """Keep the configuration of every start."""
+        """Keep the configuration of every start, and what is skipped beside it."""
+        self.model.skipped.folder = self.run
         self._keep_config(self.run)
 
     @rank_zero_only

@@ -1,6 +1,7 @@
 """Stage 2: the teacher reads some of the student's answers."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _STEPS_WITHOUT_END = 5  # behind which it is told
+_STEPS_WITHOUT_FEEDBACK = 5
 
 FOUR_BEHAVIORS = ["self_conflict", "self_agreement", "self_critique", "self_consultancy"]
 
@@ -104,6 +106,7 @@ class TeacherGuidance(RolloutCallback):
         self.planned_steps: int | None = None
         self._steps_without_teacher = 0
         self._steps_without_end = 0
+        self._steps_without_feedback = 0
         self._phrases = _example_phrases(self.behaviors)
         self._cached: CachedTeacher | None = None
 
@@ -172,13 +175,26 @@ class TeacherGuidance(RolloutCallback):
                 guidance = replies.result()
         else:
             guidance = self._ask(module, asked)
-        self._log_cache(module)
-        ended = sum(r.finished for r in rollouts.rollouts)
-        away = sum(g.skipped == "unavailable" for g in guidance)
-        counts = torch.tensor([ended, len(guidance), away], device=trainer.strategy.root_device)
-        ended, asked, away = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        skipped = Counter(g.skipped for g in guidance)
+        faults = (0, 0) if self._cached is None else (self._cached.damaged, self._cached.unwritten)
+        counts = torch.tensor(
+            [
+                sum(r.finished for r in rollouts.rollouts),
+                len(guidance),
+                skipped["unavailable"],
+                skipped[None],
+                *faults,
+            ],
+            device=trainer.strategy.root_device,
+        )
+        reduced = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        ended, replies_due, away, usable, damaged, unwritten = reduced
         self._note_ends(ended)
-        self._note_absence(asked, away)
+        self._note_absence(replies_due, away)
+        self._note_useless(replies_due, usable, skipped)
+        if self._cached is not None:
+            module.log("guidance/cache_damaged", float(damaged), batch_size=1)
+            module.log("guidance/cache_unwritten", float(unwritten), batch_size=1)
         guided = dict(zip(selected, guidance, strict=True))
         return rollouts.with_rollouts(
             tuple(
@@ -211,11 +227,6 @@ class TeacherGuidance(RolloutCallback):
         if self.teacher is not None:
             self.teacher.sleep()
         return [self._guidance(r, reply) for r, reply in zip(rollouts, replies, strict=True)]
-
-    def _log_cache(self, module: "ThinkTuningModule") -> None:
-        if self._cached is not None:
-            module.log("guidance/cache_damaged", float(self._cached.damaged), batch_size=1)
-            module.log("guidance/cache_unwritten", float(self._cached.unwritten), batch_size=1)
 
     def replies(self, teacher: Teacher, chats: Sequence[Chat]) -> list[Reply]:
         """Ask a teacher in the way that is configured; one reply per chat."""
@@ -262,6 +273,26 @@ class TeacherGuidance(RolloutCallback):
                 f"the teacher hasn't replied for {limit} steps in a row: start its server again "
                 f"and go on with --ckpt_path last, or raise guidance.max_steps_without_teacher"
             )
+
+    def _note_useless(self, asked: int, usable: int, skipped: Counter[str | None]) -> None:
+        """Tell of a teacher that has given no usable feedback on all ranks for some steps."""
+        if asked:
+            self._steps_without_feedback = 0 if usable else self._steps_without_feedback + 1
+        if asked and self._steps_without_feedback == _STEPS_WITHOUT_FEEDBACK:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in skipped.most_common())
+            log.warning(
+                "none of the teacher's feedback could be used for %s steps, so that this is plain "
+                "GRPO; here in the last one: %s (see guidance/skipped_… and `thinktuning doctor`)",
+                _STEPS_WITHOUT_FEEDBACK,
+                reasons,
+            )
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Release the teacher: Lightning tears down only what succeeds."""
+        if self.teacher is not None:
+            self.teacher.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the teacher."""

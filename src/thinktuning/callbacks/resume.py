@@ -29,6 +29,12 @@ _TOKENIZER = (
     "other texts, or the same text have other ids; give the model folder, and the version of "
     "tokenizers, that the run began with"
 )
+_BASE = "model.pretrained"
+_OTHER_BASE = (
+    "model.pretrained has other contents than it had, and the checkpoint has adapters only: they "
+    "would change other weights than those that they were trained on; give the model folder that "
+    "the run began with"
+)
 _REFUSED = {
     "questions": _QUESTIONS,
     "solutions": _QUESTIONS,
@@ -79,6 +85,9 @@ class ResumeCheck(Callback):
         before = self._digests | noted  # older versions noted less
         differ = [key for key, digest in self._digests.items() if before[key] != digest]
         faults = dict.fromkeys(_REFUSED[key] for key in differ)
+        others = _other_contents(noted.get("contents", {}), self._contents)
+        if getattr(pl_module, "lora", None) is not None and _BASE in others:
+            faults[_OTHER_BASE] = None
         if faults:
             raise InputError(
                 "this run can't go on from the checkpoint: "
@@ -86,7 +95,7 @@ class ResumeCheck(Callback):
                 + "; or export the checkpoint and begin a new run from the exported model"
             )
         changed = changes(noted["configuration"], self.configuration)
-        _tell(changed + _other_contents(noted.get("contents", {}), self._contents))
+        _tell(changed + [f"{name}: other contents" for name in others])
 
     def _look(self, trainer: Trainer, module: LightningModule) -> None:
         if self._digests:
@@ -120,7 +129,7 @@ def _tell(changed: list[str]) -> None:
 
 def _other_contents(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     common = sorted(before.keys() & now.keys())
-    return [f"{name}: other contents" for name in common if before[name] != now[name]]
+    return [name for name in common if before[name] != now[name]]
 
 
 def _contents(trainer: Trainer, module: LightningModule) -> dict[str, str]:
@@ -131,7 +140,7 @@ def _contents(trainer: Trainer, module: LightningModule) -> dict[str, str]:
             contents |= {f"behavior {b.name}": _digest([repr(b)]) for b in stage.behaviors}
     folder = Path(resolve(str(module.pretrained)))
     if folder.is_dir():  # else a hub id
-        contents["model.pretrained"] = _digest(_sampled(folder))
+        contents[_BASE] = _digest(_sampled(folder))
     return contents
 
 

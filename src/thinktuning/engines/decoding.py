@@ -12,6 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 from thinktuning.engines.base import Completion, SamplingParams
 from thinktuning.engines.grammar import GrammarMasks
 from thinktuning.engines.kv_cache import RoomyLayer, decoding_cache, sees_all
+from thinktuning.errors import DivergedError
+from thinktuning.policy import device_of
 
 _BLOCK = 256
 """Tokens whose probabilities are added up before they are looked at one by one."""
@@ -113,7 +115,7 @@ def _read(
     model: PreTrainedModel, cache: DynamicCache, token_ids: Sequence[int], start: int
 ) -> None:
     """Add one row's tokens to a cache that has ``start`` of them."""
-    device = _device(model)
+    device = device_of(model)
     model(
         input_ids=torch.tensor([list(token_ids)], device=device),
         position_ids=torch.arange(start, start + len(token_ids), device=device)[None],
@@ -245,7 +247,7 @@ def read_prompts(
         rest = list(prompt[shared:])
         ids[i, longest - len(rest) :] = torch.tensor(rest)
         mask[i, shared + longest - len(rest) :] = True
-    ids, mask = ids.to(_device(model)), mask.to(_device(model))
+    ids, mask = ids.to(device_of(model)), mask.to(device_of(model))
     logits = model(
         input_ids=ids,
         attention_mask=mask,
@@ -267,10 +269,21 @@ def draw_tokens(
     """The next token of each row of fp32 logits [R, V], by inverting the CDF, and its logprob.
 
     The logits are used up.
+
+    Raises:
+        DivergedError: If they aren't finite; on a GPU what follows would end in an assertion that
+            no program survives.
     """
     if uniforms is not None and temperature != 1:
         logits.div_(temperature)
-    logits.sub_(logits.amax(dim=-1, keepdim=True))
+    highest = logits.amax(dim=-1, keepdim=True)
+    if not highest.isfinite().all():
+        raise DivergedError(
+            "the model's logits aren't finite, so that nothing can be sampled from it; go on from "
+            "an older checkpoint with a lower learning rate or model.max_grad_norm, or with "
+            "trainer.precision 32-true"
+        )
+    logits.sub_(highest)
     if uniforms is None:
         tokens = logits.argmax(dim=-1, keepdim=True)
         normalizer = logits.logsumexp(dim=-1, keepdim=True)
@@ -293,7 +306,3 @@ def _first_above(sums: Tensor, place: Tensor) -> Tensor:
     """
     end = sums[:, -1:].nextafter(torch.zeros_like(place))
     return torch.searchsorted(sums, place.clamp(min=0).minimum(end), right=True)
-
-
-def _device(model: PreTrainedModel) -> torch.device:
-    return next(model.parameters()).device

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from thinktuning.errors import StaleWeightsError
+from thinktuning.policy import device_of
 
 _TOKENS = 256
 # Mean distance in nats. SmolLM2-135M is 0.08 from itself in bfloat16, and 1e-5 in float32.
@@ -40,7 +40,7 @@ def take(model: PreTrainedModel, longest: int) -> Probe:
     generator = torch.Generator().manual_seed(0)
     length = min(_TOKENS, longest)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
-    logits = model(input_ids=ids.to(_device(model)), use_cache=False).logits[0, :-1]
+    logits = model(input_ids=ids.to(device_of(model)), use_cache=False).logits[0, :-1]
     logprobs = torch.log_softmax(logits.float(), dim=-1).cpu()
     return Probe(ids[0].tolist(), logprobs.gather(1, ids[0, 1:, None])[:, 0], logits.dtype)
 
@@ -81,11 +81,3 @@ def check(
             f"the last sync, but its logprobs of {len(found)} tokens are exactly what they were; "
             f"it would sample from an older policy"
         )
-
-
-def _device(model: PreTrainedModel) -> torch.device:
-    """Where a model computes; its shards may lie in host memory meanwhile."""
-    first = next(model.parameters())
-    return (
-        torch.device(first.device_mesh.device_type) if isinstance(first, DTensor) else first.device
-    )

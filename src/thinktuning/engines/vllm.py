@@ -206,12 +206,12 @@ class VLLMEngine(Engine):
 
     def close(self) -> None:
         """Stop vLLM."""
+        if VLLMEngine._sleeper is self:
+            VLLMEngine._sleeper = None
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = self._held = None
             self._asleep = False
-            if VLLMEngine._sleeper is self:
-                VLLMEngine._sleeper = None
 
     @property
     def _engine_dtype(self) -> torch.dtype:

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import lazy_instance
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
+from thinktuning.callbacks.release import EngineRelease
 from thinktuning.engines import Engine, TransformersEngine, own_weights
 from thinktuning.engines.base import revision
 from thinktuning.errors import InputError
@@ -216,6 +217,10 @@ class EvaluationModule(LightningModule):
         for cell, store in self.stores.items():
             missing = self._missing(cell, store.items.values())
             check_room(cell[0], missing, self.engine, self.tokenizer, self.settings)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What belongs to every run of the module."""
+        return [EngineRelease()]
 
     def teardown(self, stage: str) -> None:
         """Release the engine."""

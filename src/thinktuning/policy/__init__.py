@@ -28,7 +28,14 @@ from thinktuning.policy.parallel import (
 )
 from thinktuning.policy.precision import native_bfloat16, packed_linears, rounded_weights
 from thinktuning.policy.prompts import Message, completion_text, render_prompt
-from thinktuning.policy.weights import base_of, is_frozen, is_transposed, named_weights, whole
+from thinktuning.policy.weights import (
+    base_of,
+    device_of,
+    is_frozen,
+    is_transposed,
+    named_weights,
+    whole,
+)
 
 __all__ = [
     "GROUPED",
@@ -41,6 +48,7 @@ __all__ = [
     "base_of",
     "completion_logprobs",
     "completion_text",
+    "device_of",
     "end_of_turn_ids",
     "forward_cost",
     "gather",

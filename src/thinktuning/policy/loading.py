@@ -71,6 +71,12 @@ def load_model(
     if report["missing_keys"]:  # Transformers would go on with random weights
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise InputError(_cannot_load("model", name, f"it has no weights for {missing}"))
+    if hasattr(model, "peft_config"):
+        reason = (
+            "it is an adapter; merge it by `thinktuning export` without --adapter, or give its "
+            "base as model.pretrained and the training's checkpoint as --ckpt_path"
+        )
+        raise InputError(_cannot_load("model", name, reason))
     if quantization == "4bit":
         _fit_to_cpu(model, name)
     return model.eval()

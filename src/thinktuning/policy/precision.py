@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from thinktuning.policy.weights import replaced_forward
+from thinktuning.policy.weights import device_of, replaced_forward
 
 
 class GradientSums:
@@ -89,7 +89,7 @@ def rounded_weights(model: nn.Module) -> Iterator[GradientSums]:
     Yields:
         What backward passes through the rounded weights add up to.
     """
-    device = next(model.parameters()).device.type
+    device = device_of(model).type
     if not torch.is_autocast_enabled(device):
         yield GradientSums({})
         return

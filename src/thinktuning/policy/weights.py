@@ -89,6 +89,14 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes; its shards may lie in host memory meanwhile."""
+    first = next(model.parameters())
+    return (
+        torch.device(first.device_mesh.device_type) if isinstance(first, DTensor) else first.device
+    )
+
+
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let a module compute something else."""

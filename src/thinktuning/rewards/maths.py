@@ -9,8 +9,9 @@ from thinktuning.types import Outcome
 
 _verifier = Verifier()
 
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\{([^{}]*)\}")
-_WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_](?:[^\W\d_]|[\s,.'\-])*[^\W\d_]")
+_TEXT_COMMAND = re.compile(r"\\(?:text|math|m)(?:rm|bf|it|sf|tt|box)?\{([^{}]*)\}")
+# Two letters are a product: ``xy`` is ``yx``.
+_WORDS = re.compile(r"(?=.*[^\W\d_]{3})[^\W\d_](?:[^\W\d_]|[\s,.'\-])*[^\W\d_]")
 _ARITHMETIC = re.compile(r"(?:[\d.,\s()$+*/\-]|\\(?:times|cdot|div)\b)+")
 _OPERATION = re.compile(r"[\d)]\s*(?:[+*\-]|\\(?:times|cdot|div)\b)")
 
@@ -38,8 +39,8 @@ def verify_math(response: str, answer: str, finished: bool = True) -> Outcome:
     r"""Compare a response's last ``\boxed{}`` with the gold answer, symbolically.
 
     The comparison runs in a worker process that is killed after a hard deadline. Gold answers of
-    words or of several lines are compared as text: mathematics would take ``on`` and ``no`` for the
-    same product. A calculation isn't its result: else "3 + 8 + 2" would answer what that makes.
+    words or of several lines are compared as text: mathematics would take ``was`` and ``saw`` for
+    the same product. A calculation isn't its result: else "3 + 8 + 2" would answer what that makes.
 
     Args:
         response: The completion's text.
@@ -66,7 +67,9 @@ def verify_math(response: str, answer: str, finished: bool = True) -> Outcome:
 
 def is_text(answer: str) -> bool:
     """Whether an answer is words, or has several lines."""
-    return "\n" in answer or _WORDS.fullmatch(_TEXT_COMMAND.sub(r"\1", answer)) is not None
+    if "\n" in answer or _TEXT_COMMAND.fullmatch(answer):
+        return True
+    return _WORDS.fullmatch(_TEXT_COMMAND.sub(r"\1", answer)) is not None
 
 
 def is_calculation(answer: str) -> bool:
@@ -75,8 +78,8 @@ def is_calculation(answer: str) -> bool:
 
 
 def _plain(answer: str) -> str:
-    """Without commands, spaces and capitals."""
-    return "".join(_TEXT_COMMAND.sub(r"\1", answer).split()).casefold()
+    """Without commands, spaces, capitals and a full stop."""
+    return "".join(_TEXT_COMMAND.sub(r"\1", answer).split()).casefold().removesuffix(".")
 
 
 class MathReward(Reward):

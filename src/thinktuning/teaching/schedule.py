@@ -18,7 +18,8 @@ class GammaSchedule:
 
     Attributes:
         kind: constant: start; linear, cosine, exponential: from start to end.
-        start: Guided share of every group at the first step, 0 (plain GRPO) to 1.
+        start: Guided share of every group at the first step, up to 1; 0: plain GRPO, whatever end
+            is.
         end: Guided share at the last guided step, 0 to 1; positive for exponential; unused by
             constant.
         fraction: Share of the planned rollout steps that are guided, above 0 up to 1.
