@@ -390,15 +390,17 @@ def common(by_seed: Mapping[int, Mapping[int, float]]) -> dict[int, list[float]]
 def table(experiment: Experiment, rows: Sequence[Row]) -> str:
     """The last values as Markdown: every seed's, a share's with its interval, and their mean."""
     rows = scaled(rows, experiment.scale)
-    # Every run of an arm begins with the same weights and answers greedily.
-    first = next(iter(experiment.arms))
-    begun = {row[3]: [row[4]] for row in rows if row[0] == first and row[2] == 0}
-    begun.pop("minutes", None)
     lines = ["| | seed | " + " | ".join(experiment.table.values()) + " |"]
     lines.append("|---|---|" + "---|" * len(experiment.table))
-    if begun:
-        lines.append(line(experiment, BEFORE, "any", begun))
+    starts: list[dict[str, float]] = []
     for arm in experiment.arms:
+        # All runs of an arm begin with the same weights and answer greedily; most arms do, too.
+        begun = {row[3]: row[4] for row in rows if row[0] == arm and row[2] == 0}
+        begun.pop("minutes", None)
+        if begun and not any(agree(begun, start) for start in starts):
+            name = f"{arm}: {BEFORE}" if starts else BEFORE
+            lines.append(line(experiment, name, "any", {k: [v] for k, v in begun.items()}))
+            starts.append(begun)
         last = {
             scalar: {seed: found[max(found)] for seed, found in series(rows, arm, scalar).items()}
             for scalar in experiment.table
@@ -411,6 +413,11 @@ def table(experiment: Experiment, rows: Sequence[Row]) -> str:
             own = {scalar: list(found.values()) for scalar, found in last.items()}
             lines.append(line(experiment, "", "mean", own))
     return "\n".join(lines) + "\n"
+
+
+def agree(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Whether two arms began alike, as far as both were measured."""
+    return all(one[scalar] == other[scalar] for scalar in one.keys() & other.keys())
 
 
 def line(experiment: Experiment, arm: str, seed: str, found: Mapping[str, Sequence[float]]) -> str:

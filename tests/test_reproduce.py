@@ -43,6 +43,18 @@ def test_a_table_has_the_last_values_of_every_seed():
     assert reproduce.common(reproduce.series(ROWS, "a", "x")) == {0: [0.0, 0.0], 2: [0.5, 1.0]}
 
 
+def test_an_arm_that_begins_otherwise_says_so():
+    begun = [("a", 1, 0, "x", 0.1), ("b", 1, 0, "x", 0.4), ("c", 1, 0, "x", 0.4)]
+    ended = [(arm, 1, 2, "x", 0.8) for arm in "abc"]
+    assert reproduce.table(experiment(), [*begun, *ended]).splitlines()[2:] == [
+        "| before training | any | 0.1 |",
+        "| a | 1 | 0.8 |",
+        "| b: before training | any | 0.4 |",
+        "| b | 1 | 0.8 |",
+        "| c | 1 | 0.8 |",
+    ]
+
+
 def test_a_seed_s_share_has_the_interval_of_its_questions():
     # Wilson's for 2 of 4: [0.1500, 0.8500]; for 4 of 4: [0.5101, 1]. A reward of 0.5 is shown as 1.
     rows = [("a", seed, 2, "x", value) for seed, value in ((1, 0.25), (2, 0.5))]
