@@ -48,6 +48,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Settings = Mapping[str, Any]
 Row = tuple[str, int, int, str, float]
@@ -330,9 +331,12 @@ def plot(experiment: Experiment, rows: Sequence[Row]) -> Figure:
             axis.set_ylim(-0.05, 1.05)
         axis.set_title(title)
         axis.set_xlabel(experiment.across or "rollout batch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axis.grid(alpha=0.3)
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    letters = max(map(len, labels), default=0) + 4  # of a column; an inch has some 13
+    columns = max(1, int(13 * width / letters))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
@@ -347,15 +351,21 @@ def draw(
         axis.plot(places, list(values.values()), color=f"C{number}", linewidth=0.7, alpha=0.5)
     if together := common(by_seed):
         at = common(across)
-        # Several arms lie on zero: dashes let those behind be seen.
         axis.plot(
             [mean(at[step]) if across else step for step in together],
             [mean(values) for values in together.values()],
             color=f"C{number}",
-            linestyle=(0, (4, number)) if number else "-",
+            linestyle=_dashes(number),
             linewidth=2,
             label=arm,
         )
+
+
+def _dashes(number: int) -> Any:
+    """Gaps let lines behind be seen; dots where colors begin anew."""
+    if number >= 10:
+        return ":"
+    return (0, (4, min(number, 5))) if number else "-"
 
 
 def save(figure: Figure, path: Path, data: Sequence[object]) -> None:

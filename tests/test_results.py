@@ -196,6 +196,42 @@ def test_what_the_page_says_of_reflections_is_in_the_data():
     assert on_the_page(f"where there was none, too: behind {reflexes} right answers")
 
 
+def test_what_the_page_says_of_ablations_is_in_the_data():
+    made, sums = Results("ablations"), Results("sums")
+
+    def right(arm: str, step: int, scalar: str = "val/accuracy") -> float:
+        ((value,),) = made.of(arm, scalar, range(step, step + 1))
+        return value
+
+    critique = "val/behavior/self_critique"
+    assert on_the_page(f"γ = 0 has no reflection, and {right('γ = 0', 20):.2f} right")
+    assert not right("γ = 0", 20, critique)
+    quarter, half = right("ThinkTuning (γ = 0.25)", 20), right("γ = 0.5", 20)
+    assert quarter == half and on_the_page(f"and {half:.2f} are right")
+    assert on_the_page(f"after 15 batches ({right('γ = 0.125', 15):.2f} right)")
+    assert right("γ = 0.125", 15, critique) > 0.9
+    assert 0.4 < right("γ = 0.125", 20, critique) < 0.6
+    falling = "γ from 0.5 to 0.01 over two thirds"
+    assert on_the_page(f"is in {right(falling, 10, critique):.2f} of the answers after 10")
+    assert not right(falling, 20, critique)
+    endless = right("working as feedback", 20, "val/cut_off")
+    assert on_the_page(f"{endless:.2f} of the answers calculate on until they are cut off")
+    shown = "working in the prompt, γ = 0"
+    assert on_the_page(f"at {right(shown, 0):.2f}, GRPO makes {right(shown, 20):.2f} of it")
+    assert right(shown, 20, "minutes") < right("ThinkTuning (γ = 0.25)", 20, "minutes") / 2
+    assert not right(shown, 20, critique)
+    repeated = 0
+    for arm, again in (("ThinkTuning", "ThinkTuning (γ = 0.25)"), ("GRPO, 80 batches", "γ = 0")):
+        first, second = (
+            {(step, x): v for a, seed, step, x, v in rows if (a, seed) == (name, 1)}
+            for rows, name in ((sums.rows, arm), (made.rows, again))
+        )
+        both = {key for key in first.keys() & second.keys() if key[1] != "minutes"}
+        assert all(first[key] == second[key] for key in both)
+        repeated += len(both)
+    assert on_the_page(f"all {repeated} values that both have are the same to six digits")
+
+
 def listed(parts: Iterable[str]) -> str:
     *most, last = parts
     return f"{', '.join(most)} and {last}"
