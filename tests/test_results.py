@@ -214,6 +214,14 @@ def test_what_the_page_says_of_ablations_is_in_the_data():
     falling = "γ from 0.5 to 0.01 over two thirds"
     assert on_the_page(f"is in {right(falling, 10, critique):.2f} of the answers after 10")
     assert not right(falling, 20, critique)
+    scope = "scope: trajectory"
+    before, after = (
+        [right(scope, step, x) for x in (critique, "val/accuracy")] for step in (15, 20)
+    )
+    assert on_the_page(
+        f"{before[0]:.2f} with self-critique and {before[1]:.2f} right after 15 batches, "
+        f"{after[0]:.2f} and {after[1]:.2f} after 20"
+    )
     endless = right("working as feedback", 20, "val/cut_off")
     assert on_the_page(f"{endless:.2f} of the answers calculate on until they are cut off")
     shown = "working in the prompt, γ = 0"
