@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel
 
 from thinktuning.engines import Completion, SamplingParams, TransformersEngine, derive_seed
-from thinktuning.engines.decoding import Batch, draw_tokens
+from thinktuning.engines.decoding import Batch, below_highest
 from thinktuning.engines.kv_cache import RoomyLayer
 from thinktuning.errors import DivergedError, InputError
 from thinktuning.policy import completion_logprobs, load_model
@@ -331,13 +331,13 @@ def test_a_token_without_probability_is_never_drawn(two_tokens):
     assert 190 < drawn.count(4) < 310
 
 
-@pytest.mark.parametrize("uniforms", [None, [0.5, 0.5]])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_an_error(uniforms, odd):
+def test_logits_that_are_not_finite_are_an_error(temperature, odd):
     logits = torch.zeros(2, 300)
     logits[1, 7] = odd
     with pytest.raises(DivergedError, match="aren't finite"):
-        draw_tokens(logits, uniforms, temperature=1.0)
+        below_highest(logits, temperature)
 
 
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 4), (0.5, 9), (1 - 2**-53, 9)])

@@ -177,7 +177,8 @@ class Batch:
         uniforms = None
         if params.temperature > 0:
             uniforms = [row.uniforms[len(row.token_ids)] for row in self.rows]
-        tokens, logprobs = draw_tokens(logits, uniforms, params.temperature)
+        below = below_highest(logits, params.temperature)
+        tokens, logprobs = draw_tokens(below, uniforms)
         drawn = tokens.tolist()
         if grammar is not None:
             grammar.accept(drawn, numbers)
@@ -263,18 +264,14 @@ def read_prompts(
     return Batch(rows, logits[owner], cache, mask, mask.sum(dim=1))
 
 
-def draw_tokens(
-    logits: Tensor, uniforms: list[float] | None, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """The next token of each row of fp32 logits [R, V], by inverting the CDF, and its logprob.
-
-    The logits are used up.
+def below_highest(logits: Tensor, temperature: float) -> Tensor:
+    """fp32 logits [R, V], tempered unless it's 0, less the highest of each row; in place.
 
     Raises:
         DivergedError: If they aren't finite; on a GPU what follows would end in an assertion that
             no program survives.
     """
-    if uniforms is not None and temperature != 1:
+    if temperature not in (0, 1):
         logits.div_(temperature)
     highest = logits.amax(dim=-1, keepdim=True)
     if not highest.isfinite().all():
@@ -283,7 +280,16 @@ def draw_tokens(
             "an older checkpoint with a lower learning rate or model.max_grad_norm, or with "
             "trainer.precision 32-true"
         )
-    logits.sub_(highest)
+    return logits.sub_(highest)
+
+
+def draw_tokens(logits: Tensor, uniforms: list[float] | None) -> tuple[Tensor, Tensor]:
+    """The next token of each row and its logprob, by inverting the CDF, or the likeliest one.
+
+    Args:
+        logits: Of ``below_highest``, [R, V].
+        uniforms: One in [0, 1) for each row; None for the likeliest.
+    """
     if uniforms is None:
         tokens = logits.argmax(dim=-1, keepdim=True)
         normalizer = logits.logsumexp(dim=-1, keepdim=True)

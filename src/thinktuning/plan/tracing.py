@@ -166,7 +166,7 @@ def trace_sampling(
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
-            draw_tokens(logits.float(), [0.5] * completions, temperature=1.0)
+            draw_tokens(logits.float(), [0.5] * completions)
             kept = sum(
                 states.untyped_storage().nbytes()
                 for layer in cache.layers
