@@ -163,7 +163,7 @@ def read_experiment(path: Path) -> Experiment:
     """``like: NAME`` takes what the file doesn't say from NAME's, in the same folder."""
     settings = yaml.safe_load(path.read_text())
     if name := settings.pop("like", None):
-        settings = yaml.safe_load(path.with_stem(name).read_text()) | settings
+        settings = vars(read_experiment(path.with_stem(name))) | settings
     return Experiment(**settings)
 
 
