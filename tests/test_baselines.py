@@ -121,6 +121,17 @@ def mean_loss(model, pairs: list[tuple[list[int], list[int]]]) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
+@torch.no_grad()
+def mean_entropy(model, pairs: list[tuple[list[int], list[int]]]) -> float:
+    """Of what the model would have said at every completion token, in nats."""
+    found = []
+    for prompt, completion in pairs:
+        logits = model(input_ids=torch.tensor([prompt + completion])).logits[0].float()
+        behind = logits[len(prompt) - 1 : -1]
+        found.append(torch.distributions.Categorical(logits=behind).entropy())
+    return torch.cat(found).mean().item()
+
+
 # ----------------------------------------------------------------- solutions
 
 
@@ -201,6 +212,7 @@ def test_a_step_of_sft_is_one_on_the_naive_loss_of_the_responses(
     assert [len(completion) <= 64 for _, completion in pairs] == [True, True, True, False]
     loss = mean_loss(model, pairs[:3])
     loss.backward()
+    entropy = mean_entropy(model, pairs[:3])
 
     more = [*SGD, "--model.max_grad_norm=null", "--trainer.max_steps=1"]
     ends = []
@@ -212,6 +224,7 @@ def test_a_step_of_sft_is_one_on_the_naive_loss_of_the_responses(
             )
         logged = scalars(root / "version_0")
         assert logged["objective/loss"] == pytest.approx([loss.item()], rel=1e-5)
+        assert logged["objective/entropy"] == pytest.approx([entropy], rel=1e-4)
         assert logged["data/left_out"] == [0.25]
         ends.append(checkpoint(root)["state_dict"])
     assert "1 of 4 gold solutions of this batch are longer than max_new_tokens=64" in caplog.text

@@ -38,6 +38,27 @@ def test_a_step_without_any_advantage_still_decays_the_weights(student, question
         torch.testing.assert_close(after[f"policy.{name}"], weight * (1 - 1e-3 * 0.5) ** 3)
 
 
+def test_entropy_is_of_the_student_s_own_tokens(student, questions, tmp_path, monkeypatch):
+    observe, seen = PolicyUpdate.observe, []
+
+    def watched(self, micro, scores, output):
+        own = [
+            entropy
+            for row in zip(scores.entropy, micro.completion_mask, micro.injected_mask, strict=True)
+            for entropy, there, injected in zip(*(x.tolist() for x in row), strict=True)
+            if there and not injected
+        ]
+        seen.append((own, int(micro.injected_mask.sum())))
+        observe(self, micro, scores, output)
+
+    monkeypatch.setattr(PolicyUpdate, "observe", watched)
+    main(fit_arguments(student(), questions, tmp_path, *PLAIN, "--trainer.max_steps=1"))
+    assert sum(injected for _, injected in seen) > 0
+    own = [entropy for entropies, _ in seen for entropy in entropies]
+    logged = scalars(tmp_path / "version_0")["objective/entropy"]
+    assert logged == pytest.approx([sum(own) / len(own)], rel=1e-5)
+
+
 FIXED = (
     "--model.objective.kl_coef=0.1",
     "--model.num_mini_batches=2",

@@ -107,13 +107,17 @@ class Update(ABC):
 
     def observe(self, micro: PolicyInputs, scores: TokenScores, output: LossOutput) -> None:
         """Note a micro-batch after its backward pass; its logprobs keep their gradient."""
-        own = micro.completion_mask & ~micro.injected_mask
+        read = self.entropy_mask(micro)
         self.metrics.add(
             {
                 "objective/loss": Mean(output.loss.detach(), 0),
-                "objective/entropy": Mean((scores.entropy * own).sum(), own.sum()),
+                "objective/entropy": Mean((scores.entropy * read).sum(), read.sum()),
             }
         )
+
+    def entropy_mask(self, micro: PolicyInputs) -> Tensor:
+        """Tokens whose entropy is noted, bool [B, T]."""
+        return micro.completion_mask
 
     def run(self, inputs: PolicyInputs) -> Work:
         """Take one optimizer step per mini-batch."""
@@ -393,6 +397,10 @@ class PolicyUpdate(Update):
     def trained_rows(self, mini: PolicyInputs) -> PolicyInputs:
         """Leave out rollouts without an advantage."""
         return mini.rows(self._trained(mini))
+
+    def entropy_mask(self, micro: PolicyInputs) -> Tensor:
+        """The student's own: behind injected ones it would tell how sure it is of others' words."""
+        return micro.completion_mask & ~micro.injected_mask
 
     def _trained(self, inputs: PolicyInputs) -> Tensor:
         return (inputs.advantages != 0) | (self.objective.kl_coef > 0)
