@@ -1,9 +1,10 @@
-"""What reflections do to a student's own answers; scripts/reproduce.py calls this.
+"""What guidance does to answers; scripts/reproduce.py calls this.
 
-Looks at held-out answers, and at those that the teacher was given to read, as they were before it
-added to them: drawn uniformly from those that ended, each on a question that the student wasn't
-trained on before. Where an answer reflects: was the answer that it gives first right, and is the
-one that it ends on?
+What a teacher's words do to rewards, and what reflections do to a student's own answers: held-out
+ones, and those that the teacher was given to read, as they were before it added to them. (These are
+drawn uniformly from those that ended, each on a question that the student wasn't trained on
+before.) Where an answer reflects: was the answer that it gives first right, and is the one that it
+ends on?
 """
 
 import csv
@@ -35,18 +36,53 @@ class Answer(NamedTuple):
     text: str
 
 
-def read_audit(arm: str, seed: int, folders: Iterable[Path]) -> list[Answer]:
-    """The students' answers in a run's folders; of a batch that was made twice, the later."""
-    batches: dict[int, list[Answer]] = {}
+class Guided(NamedTuple):
+    """What a teacher's words made of the reward of an answer, in batch ``step`` (from 1)."""
+
+    arm: str
+    seed: int
+    step: int
+    before: float
+    after: float
+
+
+def read_audit(folders: Iterable[Path]) -> list[dict[str, Any]]:
+    """The rows of a run's folders, a row for each answer that the teacher was given to read.
+
+    Of a batch that was made twice, the later.
+    """
+    batches: dict[int, list[dict[str, Any]]] = {}
     for folder in folders:
-        found: dict[int, list[Answer]] = {}
+        found: dict[int, list[dict[str, Any]]] = {}
         for file in audit_files(folder):
             for row in read_json_lines(file):
-                right = row["before"]["outcome"] == "correct"
-                answer = Answer(arm, seed, row["step"] + 1, right, row["gold"], row["student"])
-                found.setdefault(answer.step, []).append(answer)
+                found.setdefault(row["step"], []).append(row)
         batches |= found
-    return [answer for step in sorted(batches) for answer in batches[step]]
+    return [row for step in sorted(batches) for row in batches[step]]
+
+
+def read_students(arm: str, seed: int, folders: Iterable[Path]) -> list[Answer]:
+    """The students' answers, as they were before the teacher added to them."""
+    return [
+        Answer(
+            arm,
+            seed,
+            row["step"] + 1,
+            row["before"]["outcome"] == "correct",
+            row["gold"],
+            row["student"],
+        )
+        for row in read_audit(folders)
+    ]
+
+
+def read_guided(arm: str, seed: int, folders: Iterable[Path]) -> list[Guided]:
+    """The rewards of the answers that the teacher added to."""
+    return [
+        Guided(arm, seed, row["step"] + 1, row["before"]["reward"], row["after"]["reward"])
+        for row in read_audit(folders)
+        if row["skipped"] is None
+    ]
 
 
 def read_held_out(arm: str, seed: int, folders: Iterable[Path]) -> list[Answer]:
@@ -69,18 +105,19 @@ def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
     return map(json.loads, file.read_text().split("\n")[:-1])
 
 
-def write_answers(answers: Iterable[Answer], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Answer._fields)
-        writer.writerows(answers)
-
-
 def read_answers(path: Path) -> list[Answer]:
     with path.open(newline="") as file:
         return [
             Answer(arm, int(seed), int(step), right == "True", gold, text)
             for arm, seed, step, right, gold, text in list(csv.reader(file))[1:]
+        ]
+
+
+def read_rewards(path: Path) -> list[Guided]:
+    with path.open(newline="") as file:
+        return [
+            Guided(arm, int(seed), int(step), float(before), float(after))
+            for arm, seed, step, before, after in list(csv.reader(file))[1:]
         ]
 
 

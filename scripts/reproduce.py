@@ -5,6 +5,8 @@ Reads ``configs/experiments/NAME.yaml``, runs every arm with every seed, and wri
 
     scalars.csv    what was measured: arm, seed, step, scalar, value
     runs.json      every run that was made: command, minutes, machine, versions, commit
+    config/        the whole configuration of every arm, of the first seed
+    guided.csv     rewards of answers before and after a teacher added to them
     curves.png     drawn from scalars.csv alone; ``--plot`` draws it again
     table.md       likewise
     answers.csv    where the experiment names a reflection: what students said of themselves
@@ -17,6 +19,7 @@ Runs that are finished are not made again, and one that was stopped goes on: the
 import argparse
 import csv
 import json
+import math
 import os
 import re
 import shlex
@@ -24,11 +27,10 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -147,9 +149,9 @@ def main() -> None:
         with ThreadPoolExecutor(arguments.at_once) as pool:
             for run in pool.map(lambda run: make(run, arguments.at_once), wanted):
                 print(f"{run.arm}, seed {run.seed}: finished", flush=True)
-                gather(experiment, wanted, output)
+        gather(experiment, wanted, output)
     rows = read_rows(output / "scalars.csv")
-    save(plot(experiment, rows), output / "curves.png", rows)
+    save(plot(experiment, rows), output / "curves.png", [experiment, *rows])
     (output / "table.md").write_text(table(experiment, rows))
     if begins := experiment.reflection:
         answers = reflections.read_answers(output / "answers.csv")
@@ -176,9 +178,13 @@ def all_runs(experiment: Experiment, root: Path, more: Sequence[str]) -> Iterato
             flags += [f"--{name}={value}" for name, value in settings.items()]
             flags += [*more, f"--seed_everything={seed}"]
             digest = sha256("\n".join([shared, *flags]).encode()).hexdigest()[:8]
-            name = re.sub("[^a-z0-9]+", "-", arm.lower()).strip("-")
-            folder = root / f"{name}.seed={seed}.{digest}"
+            folder = root / f"{slug(arm)}.seed={seed}.{digest}"
             yield Run(arm, seed, digest, folder, tuple(flags))
+
+
+def slug(arm: str) -> str:
+    """An arm's name as that of a file."""
+    return re.sub("[^a-z0-9]+", "-", arm.lower()).strip("-")
 
 
 def make(run: Run, at_once: int) -> Run:
@@ -254,13 +260,34 @@ def gather(experiment: Experiment, made: Sequence[Run], folder: Path) -> None:
             for scalar in experiment.scalars:
                 for step, value in sorted(found.get(scalar, {}).items()):
                     writer.writerow([run.arm, run.seed, step, scalar, f"{value:.6g}"])
+    copy_configs(list(finished), folder / "config")
+    gather_rows(reflections.Guided, reflections.read_guided, finished, folder / "guided.csv")
     if experiment.reflection:
-        for name, read in (
-            ("answers", reflections.read_audit),
-            ("held_out", reflections.read_held_out),
-        ):
-            answers = (read(run.arm, run.seed, runs.versions(run.root)) for run in finished)
-            reflections.write_answers(chain.from_iterable(answers), folder / f"{name}.csv")
+        answer = reflections.Answer
+        gather_rows(answer, reflections.read_students, finished, folder / "answers.csv")
+        gather_rows(answer, reflections.read_held_out, finished, folder / "held_out.csv")
+
+
+def copy_configs(made: Sequence[Run], folder: Path) -> None:
+    """What each arm's first run was configured with, whole."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for arm, run in {run.arm: run for run in reversed(made)}.items():
+        shutil.copy(runs.versions(run.root)[0] / "config.yaml", folder / f"{slug(arm)}.yaml")
+
+
+def gather_rows(
+    kind: type[reflections.Answer] | type[reflections.Guided],
+    read: Callable[[str, int, list[Path]], Sequence[tuple[object, ...]]],
+    made: Iterable[Run],
+    path: Path,
+) -> None:
+    """Write down what the runs' folders have of a kind."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(kind._fields)
+        for run in made:
+            writer.writerows(read(run.arm, run.seed, runs.versions(run.root)))
 
 
 def measured(run: Run) -> Measured:
@@ -318,13 +345,18 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def plot(experiment: Experiment, rows: Sequence[Row]) -> Figure:
-    """A panel per scalar: a thin line for every seed, and a thick one for their mean."""
+    """A panel per scalar, two in a row; a thin line for every seed, a thick one for their mean."""
     rows = scaled(rows, experiment.scale)
-    width = 4.6 * len(experiment.panels)
+    across = min(2, len(experiment.panels))
+    down = math.ceil(len(experiment.panels) / across)
+    width = 4.6 * across
     figure, axes = plt.subplots(
-        1, len(experiment.panels), figsize=(width, 3.8), layout="constrained", squeeze=False
+        down, across, figsize=(width, 3.6 * down), layout="constrained", squeeze=False
     )
-    for axis, (scalar, title) in zip(axes.flat, experiment.panels.items(), strict=True):
+    panels = len(experiment.panels)
+    for axis in axes.flat[panels:]:
+        axis.remove()
+    for axis, (scalar, title) in zip(axes.flat[:panels], experiment.panels.items(), strict=True):
         for number, arm in enumerate(experiment.arms):
             draw(axis, experiment, rows, arm, scalar, number)
         if scalar in experiment.shares:
@@ -369,7 +401,7 @@ def _dashes(number: int) -> Any:
 
 
 def save(figure: Figure, path: Path, data: Sequence[object]) -> None:
-    """Write a picture that tells what data it was drawn from."""
+    """Write a picture that tells what it was drawn from."""
     figure.savefig(path, dpi=110, metadata={"Source": fingerprint(data)})
     plt.close(figure)
 

@@ -1,18 +1,19 @@
 """What scripts/reflections.py says of reflections, on answers that are judged by hand."""
 
 import json
+from typing import Any
 
 from reflections import (
     Answer,
     Count,
+    Guided,
     count,
     held_out_table,
     plot,
-    read_answers,
-    read_audit,
+    read_guided,
     read_held_out,
+    read_students,
     table,
-    write_answers,
 )
 
 BEGINS = r"\bI made a mistake\b"
@@ -52,14 +53,28 @@ def test_of_a_batch_that_was_made_twice_the_later_counts(tmp_path):
     for name, rows in lives.items():
         (tmp_path / name).mkdir()
         lines = [
-            json.dumps(
-                {"step": step, "gold": "9", "before": {"outcome": "correct"}, "student": text}
-            )
-            for step, text in rows
+            json.dumps(audited(step, text, number)) for number, (step, text) in enumerate(rows)
         ]
         (tmp_path / name / "audit.jsonl").write_text("\n".join(lines) + "\n")
-    found = read_audit("a", 1, [tmp_path / name for name in lives])
+    found = read_students("a", 1, [tmp_path / name for name in lives])
     assert found == [says("x", True), says("Y", True, step=2)]
+    guided = read_guided("a", 1, [tmp_path / name for name in lives])
+    assert guided == [Guided("a", 1, 1, 0.5, 0), Guided("a", 1, 2, 0.5, 0)]
+
+
+def audited(step: int, text: str, after: float, skipped: str | None = None) -> dict[str, Any]:
+    before = {"outcome": "correct", "reward": 0.5}
+    row = {"step": step, "gold": "9", "before": before, "student": text, "skipped": skipped}
+    return row | {"after": {"reward": after}}
+
+
+def test_rewards_are_of_answers_that_the_teacher_added_to(tmp_path):
+    rows = [audited(0, "x", 0.75), audited(0, "y", 0.5, "unparsed"), audited(1, "z", 0.25)]
+    (tmp_path / "audit.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_guided("a", 1, [tmp_path]) == [
+        Guided("a", 1, 1, 0.5, 0.75),
+        Guided("a", 1, 2, 0.5, 0.25),
+    ]
 
 
 def test_held_out_answers_are_those_of_the_last_validation(tmp_path):
@@ -76,9 +91,3 @@ def test_held_out_answers_are_those_of_the_last_validation(tmp_path):
         "| a | 1 | 2 | 1 | 0 | 1 | 1 | 0 |"
     ]
     assert read_held_out("a", 1, [tmp_path]) == []
-
-
-def test_answers_are_read_as_they_were_written(tmp_path):
-    answers = [says('a "quoted", line\nand another', False), MENDED]
-    write_answers(answers, tmp_path / "answers.csv")
-    assert read_answers(tmp_path / "answers.csv") == answers

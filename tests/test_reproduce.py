@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import reflections
 import reproduce
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
@@ -80,6 +81,18 @@ def test_lines_are_drawn_over_another_scalar():
     assert one == [[0, 0], [20, 0.5], [30, 0.75]]
     assert two == [[0, 0], [40, 1]]
     assert together == [[0, 0], [30, 0.75]]
+
+
+def test_three_panels_are_two_above_one():
+    made = experiment(panels={"x": "X", "y": "Y", "z": "Z"})
+    axes = reproduce.plot(made, ROWS).axes
+    assert [axis.get_title() for axis in axes] == ["X", "Y", "Z"]
+    places = [axis.get_subplotspec() for axis in axes]
+    assert [(place.rowspan.start, place.colspan.start) for place in places] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+    ]
 
 
 def write_scalars(folder: Path, values: dict[int, float], name: str = "x") -> None:
@@ -181,17 +194,36 @@ def test_a_file_that_an_experiment_names_makes_other_runs(tmp_path):
 def test_finished_runs_are_gathered(tmp_path):
     base = tmp_path / "base.yaml"
     base.write_text("a: 1")
-    made = reproduce.Experiment([str(base)], [1, 2], {"a": {}}, {"x": "X"}, {"x": "X"}, kept=["z"])
-    finished, unfinished = reproduce.all_runs(made, tmp_path / "runs", [])
-    for run, value in ((finished, 0.5), (unfinished, 0.75)):
-        write_scalars(run.root / "version_0", {9: value})
-        write_scalars(run.root / "version_0", {9: 2 * value}, "z")
+    made = reproduce.Experiment(
+        [str(base)], [1, 2, 3], {"a": {}}, {"x": "X"}, {"x": "X"}, kept=["z"], reflection="I made"
+    )
+    unfinished, *finished = reproduce.all_runs(made, tmp_path / "runs", [])
+    said = 'a "quoted", line\nand another'
+    row = {"step": 0, "gold": "9", "student": said, "skipped": None}
+    row |= {"before": {"outcome": "correct", "reward": 0.5}, "after": {"reward": 0.1}}
+    for run in (unfinished, *finished):
+        write_scalars(run.root / "version_0", {9: 0.5})
+        write_scalars(run.root / "version_0", {9: 1.0}, "z")
         write_scalars(run.root / "version_0", {0: 60.0, 1: 30.0}, "seconds/step")
         write_scalars(run.root / "version_0", {0: 30.0}, "seconds/collection")
-    finished.record.write_text('{"arm": "a", "seed": 1}')
-    reproduce.gather(made, [finished, unfinished], tmp_path / "results")
-    assert json.loads((tmp_path / "results/runs.json").read_text()) == [
-        {"arm": "a", "seed": 1, "minutes": 2.0}
+        (run.root / "version_0/config.yaml").write_text(f"seed_everything: {run.seed}\n")
+        (run.root / "version_0/audit.jsonl").write_text(json.dumps(row) + "\n")
+    for run in finished:
+        run.record.write_text(json.dumps({"arm": "a", "seed": run.seed}))
+    results = tmp_path / "results"
+    reproduce.gather(made, [unfinished, *finished], results)
+    assert json.loads((results / "runs.json").read_text()) == [
+        {"arm": "a", "seed": seed, "minutes": 2.0} for seed in (2, 3)
     ]
-    rows = reproduce.read_rows(tmp_path / "results/scalars.csv")
-    assert rows == [("a", 1, 10, "x", 0.5), ("a", 1, 10, "z", 1.0)]
+    rows = reproduce.read_rows(results / "scalars.csv")
+    assert rows == [("a", s, 10, x, v) for s in (2, 3) for x, v in (("x", 0.5), ("z", 1.0))]
+    (config,) = (results / "config").iterdir()
+    assert config.name == "a.yaml"
+    assert config.read_text() == "seed_everything: 2\n", "the first seed that is finished"
+    assert reflections.read_answers(results / "answers.csv") == [
+        reflections.Answer("a", seed, 1, True, "9", said) for seed in (2, 3)
+    ]
+    assert reflections.read_rewards(results / "guided.csv") == [
+        reflections.Guided("a", seed, 1, 0.5, 0.1) for seed in (2, 3)
+    ]
+    assert reflections.read_answers(results / "held_out.csv") == []

@@ -49,7 +49,8 @@ def test_tables_and_pictures_come_from_the_data():
         table = reproduce.table(made, rows)
         assert (folder / "table.md").read_text() == table
         assert table in page
-        assert Image.open(folder / "curves.png").text["Source"] == reproduce.fingerprint(rows)
+        drawn = Image.open(folder / "curves.png").text["Source"]
+        assert drawn == reproduce.fingerprint([made, *rows])
         if made.reflection:
             answers = reflections.read_answers(folder / "answers.csv")
             table = reflections.table(answers, made.reflection)
@@ -60,6 +61,23 @@ def test_tables_and_pictures_come_from_the_data():
             assert (folder / "held_out.md").read_text() == table
             drawn = Image.open(folder / "reflections.png").text["Source"]
             assert drawn == reproduce.fingerprint(answers)
+
+
+@pytest.mark.parametrize("path", MADE, ids=lambda p: p.stem)
+def test_the_configuration_of_every_arm_is_there(path):
+    made, folder = reproduce.read_experiment(path), ROOT / "docs/results" / path.stem
+    arms = {run["arm"] for run in json.loads((folder / "runs.json").read_text())}
+    assert {p.stem for p in (folder / "config").iterdir()} == set(map(reproduce.slug, arms))
+    for arm in arms:
+        config = yaml.safe_load((folder / f"config/{reproduce.slug(arm)}.yaml").read_text())
+        assert config["seed_everything"] == min(made.seeds)
+        for name, value in made.arms[arm].items():
+            if isinstance(value, int | float):
+                first, *rest = name.split(".")
+                found = config[first]
+                for part in rest:
+                    found = found[part]
+                assert found == value, (arm, name)
 
 
 @every_experiment
@@ -114,16 +132,34 @@ def with_gradient(made: Results, arm: str, steps: range) -> list[int]:
 
 def test_what_the_page_says_of_the_phrase_is_in_the_data():
     made = Results("catchphrase")
-    grpo, first, last = "GRPO (γ = 0)", range(1, 11), range(19, 26)
+    grpo, ours = "GRPO (γ = 0)", "ThinkTuning"
 
-    def rewards(who: str, steps: range, digits: int) -> str:
-        seeds = made.of("ThinkTuning", f"reward/{who}", steps)
-        return span([mean(values) for values in seeds], digits)
+    def at(step: int, scalar: str, times: float = 1) -> list[str]:
+        return [f"{times * v:.2f}" for (v,) in made.of(ours, scalar, range(step, step + 1))]
 
+    phrase, once, endless = "val/behavior/catchphrase", "val/reward/PhraseReward", "val/cut_off"
+    said = {step: sorted(at(step, phrase)) for step in (20, 25)}
     assert on_the_page(
-        f"Guided answers earn {rewards('guided', first, 1)} on average in the first ten batches, "
-        f"unguided ones {rewards('unguided', first, 2)}; in the last seven "
-        f"{rewards('guided', last, 1)} and {rewards('unguided', last, 1)}"
+        f"{said[20][0]} to {said[20][-1]} of them after 20 batches and {said[25][0]} to "
+        f"{said[25][-1]} after 25"
+    )
+    assert on_the_page(
+        f"in {listed(at(25, once, 2))} of the answers after 25 batches, and in "
+        f"{listed(at(20, once, 2))} after 20, when {listed(at(20, endless))} had no end"
+    )
+    guided = span([mean(v) for v in made.of(ours, "guidance/realised_gamma", range(1, 26))], 2)
+    assert on_the_page(f"over a run, to {guided} of all answers")
+    read = reflections.read_rewards(ROOT / "docs/results/catchphrase/guided.csv")
+    early, late = (
+        [np.sign(r.after - r.before) for r in read if r.arm == ours and r.step in steps]
+        for steps in (range(1, 11), range(19, 26))
+    )
+    assert on_the_page(
+        f"they raised the reward of {early.count(1)} answers and lowered that of none"
+    )
+    assert not early.count(-1)
+    assert on_the_page(
+        f"in the last seven they raised {late.count(1)} and lowered {late.count(-1)}"
     )
     assert not np.any(made.of(grpo, "reward/PhraseReward", range(1, 26)))
     one, three, six = with_gradient(made, grpo, range(1, 26))
@@ -152,17 +188,26 @@ def test_what_the_page_says_of_sums_is_in_the_data():
     assert min(first) == max(first)
     batches = f"{first[0]} and {min(second)} to {max(second)} batches"
     assert on_the_page(f"{batches} of answers that were right")
-    tokens = {
-        arm: [max(v) for v in made.of(arm, "thousand_tokens", range(1, 100))]
-        for arm in ("ThinkTuning", "GRPO, 80 batches")
-    }
-    assert max(tokens["GRPO, 80 batches"]) < min(tokens["ThinkTuning"]) / 2
-    guided, unguided = (
-        span([seed[-1] for seed in made.of(arm, "val/accuracy", range(1, 100))], 2)
-        for arm in tokens
+    arms = ("ThinkTuning", "GRPO, 80 batches", "STaR")
+    tokens, minutes = (
+        {arm: [max(v) for v in made.of(arm, scalar, range(1, 100))] for arm in arms}
+        for scalar in ("thousand_tokens", "minutes")
     )
+    ours, grpo, star = arms
+    assert max(tokens[grpo]) < min(tokens[ours]) / 2
+    assert on_the_page(
+        f"{mean(tokens[star]):.0f} (STaR) to {mean(tokens[ours]):.0f} (ThinkTuning) thousand "
+        f"tokens were trained on, in {mean(minutes[grpo]):.0f} (GRPO) to "
+        f"{mean(minutes[ours]):.0f} minutes"
+    )
+    right = {
+        arm: [seed[-1] for seed in made.of(arm, "val/accuracy", range(1, 100))]
+        for arm in (*arms, "SFT")
+    }
     readme = " ".join((ROOT / "README.md").read_text().split())
+    guided, unguided = span(right[ours], 2), span(right[grpo], 2)
     assert f"{guided} of unseen sums are right, with GRPO {unguided}" in readme
+    assert f"SFT is at {mean(right['SFT']):.2f} sooner" in readme
 
 
 def test_what_the_page_says_of_reflections_is_in_the_data():
