@@ -22,6 +22,7 @@ from thinktuning.cli import main
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "configs/experiments").glob("*.yaml"))
 MADE = [path for path in EXPERIMENTS if (ROOT / "docs/results" / path.stem).exists()]
+THRESHOLD = "threshold as good as off (0.00101)"
 every_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 
 
@@ -249,29 +250,66 @@ def test_what_the_page_says_of_ablations_is_in_the_data():
         return value
 
     critique = "val/behavior/self_critique"
+    base = "ThinkTuning (γ = 0.25)"
     assert on_the_page(f"γ = 0 has no reflection, and {right('γ = 0', 20):.2f} right")
     assert not right("γ = 0", 20, critique)
-    quarter, half = right("ThinkTuning (γ = 0.25)", 20), right("γ = 0.5", 20)
-    assert quarter == half and on_the_page(f"and {half:.2f} are right")
-    assert on_the_page(f"after 15 batches ({right('γ = 0.125', 15):.2f} right)")
-    assert right("γ = 0.125", 15, critique) > 0.9
-    assert 0.4 < right("γ = 0.125", 20, critique) < 0.6
-    falling = "γ from 0.5 to 0.01 over two thirds"
-    assert on_the_page(f"is in {right(falling, 10, critique):.2f} of the answers after 10")
-    assert not right(falling, 20, critique)
-    scope = "scope: trajectory"
-    before, after = (
-        [right(scope, step, x) for x in (critique, "val/accuracy")] for step in (15, 20)
+
+    seeds = [
+        [f"{v:.2f}" for (v,) in sums.of("ThinkTuning", scalar, [20])]
+        for scalar in ("val/accuracy", critique)
+    ]
+    assert on_the_page(
+        f"after 20 batches the three seeds above have {listed(seeds[0])} right, and self-critique "
+        f"in {listed(seeds[1])} of the answers"
+    )
+    guided = ["γ = 0.125", "γ = 0.5", "scope: trajectory", "free feedback", THRESHOLD, base]
+    assert on_the_page(
+        f"These arms end at {span([right(arm, 20) for arm in guided], 2)} right, with "
+        f"self-critique in {span([right(arm, 20, critique) for arm in guided], 2)}"
+    )
+    lost = [right(arm, 15, critique) for arm in ("γ = 0.125", "scope: trajectory")]
+    assert on_the_page(
+        f"(γ = 0.125: {lost[0]:.2f} with self-critique after 15, "
+        f"`scope: trajectory`: {lost[1]:.2f})"
+    )
+    endless = "val/cut_off"
+    assert on_the_page(
+        f"With γ = 0.5 {right('γ = 0.5', 10, endless):.2f} of the answers had no end after 10 "
+        f"batches, and none was right"
+    )
+    assert right("γ = 0.5", 10) == 0 == right("γ = 0.5", 15, endless)
+    masked, off = (
+        100 * mean(made.of(arm, "shaping/masked", range(1, 21))[0]) for arm in (base, THRESHOLD)
+    )
+    assert on_the_page(f"{masked:.1f} % of the guidance tokens, and {off:.1f} % where it is")
+    parsed = mean(made.of("free feedback", "guidance/parsed", range(1, 21))[0])
+    assert on_the_page(f"could be read in {parsed:.2f} of the teacher's replies")
+
+    read = reflections.read_rewards(ROOT / "docs/results/ablations/guided.csv")
+    worse, better = (
+        [r.after - r.before for r in read if r.arm == arm] for arm in ("teacher in 4 bits", base)
     )
     assert on_the_page(
-        f"{before[0]:.2f} with self-critique and {before[1]:.2f} right after 15 batches, "
-        f"{after[0]:.2f} and {after[1]:.2f} after 20"
+        f"it made {worse.count(1)} of {len(worse)} answers right, and spoiled {worse.count(-1)}; "
+        f"in 32 bits it made {better.count(1)} of {len(better)} right, and spoiled "
+        f"{better.count(-1)}"
     )
-    endless = right("working as feedback", 20, "val/cut_off")
-    assert on_the_page(f"{endless:.2f} of the answers calculate on until they are cut off")
+    assert not right("teacher in 4 bits", 20, critique)
+    assert on_the_page(f"and {right('teacher in 4 bits', 20):.2f} are right in the end")
+
+    falling = "γ from 0.5 to 0.01 over two thirds"
+    assert max(made.of(falling, "guidance/realised_gamma", range(8, 21))[0]) == 1 / 8
+    assert on_the_page(
+        f"in {right(falling, 10, critique):.2f} of the answers after 10, in "
+        f"{right(falling, 15, critique):.2f} after 15 and in none after 20"
+    )
+    assert not right(falling, 20, critique)
+    working = "working as feedback"
+    assert right(working, 15, endless) == 1
+    assert on_the_page(f"after 15 batches, and {right(working, 20, endless):.2f} after 20")
     shown = "working in the prompt, γ = 0"
-    assert on_the_page(f"at {right(shown, 0):.2f}, GRPO makes {right(shown, 20):.2f} of it")
-    assert right(shown, 20, "minutes") < right("ThinkTuning (γ = 0.25)", 20, "minutes") / 2
+    assert on_the_page(f"at {right(shown, 0):.2f}, and GRPO makes {right(shown, 20):.2f} of it")
+    assert right(shown, 20, "minutes") < right(base, 20, "minutes") / 2
     assert not right(shown, 20, critique)
     repeated = 0
     for arm, again in (("ThinkTuning", "ThinkTuning (γ = 0.25)"), ("GRPO, 80 batches", "γ = 0")):
@@ -283,6 +321,9 @@ def test_what_the_page_says_of_ablations_is_in_the_data():
         assert all(first[key] == second[key] for key in both)
         repeated += len(both)
     assert on_the_page(f"all {repeated} values that both have are the same to six digits")
+    once = sums.of("ThinkTuning", "minutes", [20])[0][0]
+    again = right(base, 20, "minutes")
+    assert on_the_page(f"ThinkTuning's first 20 batches took {once:.1f} and {again:.1f}")
 
 
 def listed(parts: Iterable[str]) -> str:
