@@ -37,7 +37,7 @@ reproduce-%: $(VENV)/installed
 build/sums/train.jsonl: scripts/make_sums.py $(VENV)/installed
 	$(BIN)/python $< build/sums
 
-reproduce-sums reproduce-ablations: build/sums/train.jsonl
+reproduce-sums reproduce-ablations reproduce-shown: build/sums/train.jsonl
 
 # Two at once, a file each: most tests use one core.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -326,6 +326,34 @@ def test_what_the_page_says_of_ablations_is_in_the_data():
     assert on_the_page(f"ThinkTuning's first 20 batches took {once:.1f} and {again:.1f}")
 
 
+def test_what_the_page_says_of_a_student_that_is_shown_how_is_in_the_data():
+    made = Results("shown")
+    arms = ours, grpo = "ThinkTuning", "GRPO, 30 batches"
+    (start,) = {v for *_, step, x, v in made.rows if (step, x) == (0, "val/accuracy")}
+    assert on_the_page(f"so that it begins at {start:.2f}")
+    right, minutes = (
+        {arm: [v[-1] for v in made.of(arm, scalar, range(1, 31))] for arm in arms}
+        for scalar in ("val/accuracy", "minutes")
+    )
+    assert on_the_page(
+        f"{span(right[ours], 2)} are right with it, in {span(minutes[ours], 0)} minutes, and "
+        f"{span(right[grpo], 2)} without, in {span(minutes[grpo], 0)}"
+    )
+    assert max(minutes[grpo]) < min(minutes[ours])
+    assert round(mean(minutes[grpo]) / mean(minutes[ours]), 1) == 0.7
+    for arm in arms:
+        assert not np.any(made.of(arm, "val/behavior/self_critique", range(31)))
+    folder = ROOT / "docs/results/shown"
+    read = [r.after - r.before for r in reflections.read_rewards(folder / "guided.csv")]
+    sums = reflections.read_rewards(ROOT / "docs/results/sums/guided.csv")
+    early = [r.after - r.before for r in sums if r.arm == ours and r.step <= 20]
+    assert on_the_page(
+        f"made {read.count(1)} of {len(read)} answers right, and spoiled {read.count(-1)}; in the "
+        f"first 20 batches of the sums above {early.count(1)} of {len(early)}, and "
+        f"{early.count(-1)}"
+    )
+
+
 def listed(parts: Iterable[str]) -> str:
     *most, last = parts
     return f"{', '.join(most)} and {last}"
