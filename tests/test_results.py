@@ -201,6 +201,16 @@ def test_what_the_page_says_of_sums_is_in_the_data():
         f"tokens were trained on, in {mean(minutes[grpo]):.0f} (GRPO) to "
         f"{mean(minutes[ours]):.0f} minutes"
     )
+    first_seen = span(np.ravel(made.of("SFT", "val/accuracy", [10])), 2)
+    assert on_the_page(f"SFT has {first_seen} right when it is first looked at")
+    realised = [
+        span([mean(v) for v in made.of(ours, "guidance/realised_gamma", steps)], 2)
+        for steps in (range(1, 11), range(31, 41))
+    ]
+    assert on_the_page(
+        f"{realised[0]} of all answers were guided in the first ten batches, {realised[1]} in the "
+        f"last ten"
+    )
     right = {
         arm: [seed[-1] for seed in made.of(arm, "val/accuracy", range(1, 100))]
         for arm in (*arms, "SFT")
@@ -310,6 +320,7 @@ def test_what_the_page_says_of_ablations_is_in_the_data():
     shown = "working in the prompt, γ = 0"
     assert on_the_page(f"at {right(shown, 0):.2f}, and GRPO makes {right(shown, 20):.2f} of it")
     assert right(shown, 20, "minutes") < right(base, 20, "minutes") / 2
+    assert on_the_page(f"in the prompt alone gets to {right(shown, 20):.2f}")
     assert not right(shown, 20, critique)
     repeated = 0
     for arm, again in (("ThinkTuning", "ThinkTuning (γ = 0.25)"), ("GRPO, 80 batches", "γ = 0")):
@@ -344,14 +355,16 @@ def test_what_the_page_says_of_a_student_that_is_shown_how_is_in_the_data():
     for arm in arms:
         assert not np.any(made.of(arm, "val/behavior/self_critique", range(31)))
     folder = ROOT / "docs/results/shown"
-    read = [r.after - r.before for r in reflections.read_rewards(folder / "guided.csv")]
-    sums = reflections.read_rewards(ROOT / "docs/results/sums/guided.csv")
-    early = [r.after - r.before for r in sums if r.arm == ours and r.step <= 20]
-    assert on_the_page(
-        f"made {read.count(1)} of {len(read)} answers right, and spoiled {read.count(-1)}; in the "
-        f"first 20 batches of the sums above {early.count(1)} of {len(early)}, and "
-        f"{early.count(-1)}"
+    early, late = (
+        [
+            r.after - r.before
+            for r in reflections.read_rewards(folder / "guided.csv")
+            if r.step in steps
+        ]
+        for steps in (range(1, 11), range(11, 21))
     )
+    assert on_the_page(f"{early.count(1)} and {early.count(-1)} of {len(early)}; in the last ten")
+    assert on_the_page(f"fewer, {late.count(1)} and {late.count(-1)} of {len(late)}")
 
 
 def listed(parts: Iterable[str]) -> str:
