@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -65,20 +66,24 @@ def test_tables_and_pictures_come_from_the_data():
 
 
 @pytest.mark.parametrize("path", MADE, ids=lambda p: p.stem)
-def test_the_configuration_of_every_arm_is_there(path):
+def test_runs_are_those_of_the_present_configuration_which_is_there(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     made, folder = reproduce.read_experiment(path), ROOT / "docs/results" / path.stem
-    arms = {run["arm"] for run in json.loads((folder / "runs.json").read_text())}
-    assert {p.stem for p in (folder / "config").iterdir()} == set(map(reproduce.slug, arms))
-    for arm in arms:
-        config = yaml.safe_load((folder / f"config/{reproduce.slug(arm)}.yaml").read_text())
+    records = json.loads((folder / "runs.json").read_text())
+    (more,) = {
+        tuple(flag for flag in shlex.split(run["command"]) if flag.startswith("--data.source="))
+        for run in records
+    }
+    wanted = list(reproduce.all_runs(made, Path("build"), more))
+    digests = {(run["arm"], run["seed"]): run["digest"] for run in records}
+    assert digests == {(run.arm, run.seed): run.digest for run in wanted}
+    first = wanted[: len(made.arms)]
+    names = {f"{reproduce.slug(run.arm)}.yaml": run for run in first}
+    assert {path.name for path in (folder / "config").iterdir()} == set(names)
+    for name, run in names.items():
+        config = yaml.safe_load((folder / "config" / name).read_text())
+        assert config["trainer"]["default_root_dir"].endswith(run.digest)
         assert config["seed_everything"] == min(made.seeds)
-        for name, value in made.arms[arm].items():
-            if isinstance(value, int | float):
-                first, *rest = name.split(".")
-                found = config[first]
-                for part in rest:
-                    found = found[part]
-                assert found == value, (arm, name)
 
 
 @every_experiment
@@ -171,6 +176,14 @@ def test_what_the_page_says_of_the_phrase_is_in_the_data():
     assert on_the_page(f"{guided} minutes for guided runs and {made.minutes(grpo)} for GRPO")
 
     longer = Results("grpo_longer")
+    taken = [
+        mean(seed[-1] for seed in found.of(arm, "minutes", range(1, 141)))
+        for found, arm in ((made, ours), (made, grpo), (longer, grpo))
+    ]
+    assert on_the_page("GRPO's 25 batches take a sixth of ThinkTuning's time")
+    assert on_the_page("After 140 batches, three quarters of ThinkTuning's minutes")
+    assert taken[1] / taken[0] == pytest.approx(1 / 6, abs=0.01)
+    assert taken[2] / taken[0] == pytest.approx(3 / 4, abs=0.01)
     assert not np.any(longer.of(grpo, "reward/PhraseReward", range(1, 141)))
     fewest, _, most = sorted(with_gradient(longer, grpo, range(1, 141)))
     assert on_the_page(f"{fewest} to {most} of the 140 batches had any gradient")
@@ -272,6 +285,11 @@ def test_what_the_page_says_of_ablations_is_in_the_data():
         f"after 20 batches the three seeds above have {listed(seeds[0])} right, and self-critique "
         f"in {listed(seeds[1])} of the answers"
     )
+    realised = [
+        f"{mean(made.of(arm, 'guidance/realised_gamma', range(1, 21))[0]):.2f}"
+        for arm in ("γ = 0.125", base, "γ = 0.5")
+    ]
+    assert on_the_page(f"{listed(realised)} of all answers were guided")
     guided = ["γ = 0.125", "γ = 0.5", "scope: trajectory", "free feedback", THRESHOLD, base]
     assert on_the_page(
         f"These arms end at {span([right(arm, 20) for arm in guided], 2)} right, with "
@@ -339,32 +357,54 @@ def test_what_the_page_says_of_ablations_is_in_the_data():
 
 def test_what_the_page_says_of_a_student_that_is_shown_how_is_in_the_data():
     made = Results("shown")
-    arms = ours, grpo = "ThinkTuning", "GRPO, 30 batches"
+    arms = ours, grpo, sft, star = "ThinkTuning", "GRPO (γ = 0)", "SFT", "STaR"
     (start,) = {v for *_, step, x, v in made.rows if (step, x) == (0, "val/accuracy")}
     assert on_the_page(f"so that it begins at {start:.2f}")
-    right, minutes = (
-        {arm: [v[-1] for v in made.of(arm, scalar, range(1, 31))] for arm in arms}
-        for scalar in ("val/accuracy", "minutes")
+    right, tokens, minutes = (
+        {arm: [seed[-1] for seed in made.of(arm, scalar, range(1, 41))] for arm in arms}
+        for scalar in ("val/accuracy", "thousand_tokens", "minutes")
+    )
+    assert {answers for (answers,) in made.of(star, "star/kept", [1])} == {419}
+    assert on_the_page("trains once on its 419 right answers")
+    equal = [v for arm in (ours, grpo, sft) for v in tokens[arm]]
+    assert on_the_page(
+        f"{span(equal, 0)} thousand tokens for the first three and {mean(tokens[star]):.0f} for "
+        f"STaR, in {span([v for arm in arms for v in minutes[arm]], 0)} minutes each"
     )
     assert on_the_page(
-        f"{span(right[ours], 2)} are right with it, in {span(minutes[ours], 0)} minutes, and "
-        f"{span(right[grpo], 2)} without, in {span(minutes[grpo], 0)}"
+        f"{span(right[ours], 2)} are right with ThinkTuning, and {span(right[grpo], 2)} with GRPO"
     )
-    assert max(minutes[grpo]) < min(minutes[ours])
-    assert round(mean(minutes[grpo]) / mean(minutes[ours]), 1) == 0.7
-    for arm in arms:
-        assert not np.any(made.of(arm, "val/behavior/self_critique", range(31)))
-    folder = ROOT / "docs/results/shown"
+    peak = np.ravel(made.of(grpo, "val/accuracy", [25]))
+    assert on_the_page(f"GRPO had {span(peak, 2)} fifteen batches before its end")
+    assert on_the_page(f"STaR has {span(right[star], 2)}, on fewer tokens")
+    soon = span(np.ravel(made.of(sft, "val/accuracy", [5])), 2)
+    assert on_the_page(f"{mean(right[sft]):.2f} on all seeds, and {soon} after five batches")
+    assert {f"{v:.2f}" for v in right[sft]} == {"0.98"}
+    for arm in (ours, grpo):
+        assert not np.any(made.of(arm, "val/behavior/self_critique", range(41)))
+    read = reflections.read_rewards(ROOT / "docs/results/shown/guided.csv")
     early, late = (
-        [
-            r.after - r.before
-            for r in reflections.read_rewards(folder / "guided.csv")
-            if r.step in steps
-        ]
+        [r.after - r.before for r in read if r.step in steps]
         for steps in (range(1, 11), range(11, 21))
     )
     assert on_the_page(f"{early.count(1)} and {early.count(-1)} of {len(early)}; in the last ten")
     assert on_the_page(f"fewer, {late.count(1)} and {late.count(-1)} of {len(late)}")
+    assert on_the_page(
+        f"GRPO's seed 1 has {peak[0]:.2f} after 25 batches and {right[grpo][0]:.2f} after 40"
+    )
+    worst, *_ = made.of(star, "val/accuracy", [10])[1]
+    assert on_the_page(f"STaR's seed 2 {worst:.2f} after 10 and {right[star][1]:.2f} after 14")
+
+    before = Results("shown/earlier")
+    ended = [
+        [seed[-1] for seed in before.of(arm, "val/accuracy", range(1, 31))]
+        for arm in (ours, "GRPO, 30 batches")
+    ]
+    assert on_the_page(f"ended at {span(ended[0], 2)} on another machine")
+    first, second = (listed(f"{v:.2f}" for v in values) for values in ended)
+    assert on_the_page(f"with the same configurations had {first}, GRPO with 30 batches {second}")
+    same = [{run["digest"] for run in found.runs if run["arm"] == ours} for found in (before, made)]
+    assert same[0] == same[1]
 
 
 def listed(parts: Iterable[str]) -> str:

