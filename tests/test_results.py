@@ -365,7 +365,9 @@ def test_what_the_page_says_of_a_student_that_is_shown_how_is_in_the_data():
         for scalar in ("val/accuracy", "thousand_tokens", "minutes")
     )
     assert {answers for (answers,) in made.of(star, "star/kept", [1])} == {419}
-    assert on_the_page("trains once on its 419 right answers")
+    solved = {round(656 * share) for (share,) in made.of(star, "star/solved", [1])}
+    assert solved == {419 - 129}
+    assert on_the_page("trains once on its 419 right answers, 129 of them found with the answer")
     equal = [v for arm in (ours, grpo, sft) for v in tokens[arm]]
     assert on_the_page(
         f"{span(equal, 0)} thousand tokens for the first three and {mean(tokens[star]):.0f} for "
