@@ -77,13 +77,19 @@ def test_runs_are_those_of_the_present_configuration_which_is_there(path, monkey
     wanted = list(reproduce.all_runs(made, Path("build"), more))
     digests = {(run["arm"], run["seed"]): run["digest"] for run in records}
     assert digests == {(run.arm, run.seed): run.digest for run in wanted}
-    first = wanted[: len(made.arms)]
-    names = {f"{reproduce.slug(run.arm)}.yaml": run for run in first}
+    names = {f"{reproduce.slug(run.arm)}.yaml": run for run in wanted[: len(made.arms)]}
     assert {path.name for path in (folder / "config").iterdir()} == set(names)
     for name, run in names.items():
         config = yaml.safe_load((folder / "config" / name).read_text())
         assert config["trainer"]["default_root_dir"].endswith(run.digest)
         assert config["seed_everything"] == min(made.seeds)
+        for setting, value in made.arms[run.arm].items():
+            if isinstance(value, int | float):
+                first, *rest = setting.split(".")
+                found = config[first]
+                for part in rest:
+                    found = found[part]
+                assert found == value, (run.arm, setting)
 
 
 @every_experiment
@@ -377,13 +383,19 @@ def test_what_the_page_says_of_a_student_that_is_shown_how_is_in_the_data():
         f"{span(right[ours], 2)} are right with ThinkTuning, and {span(right[grpo], 2)} with GRPO"
     )
     peak = np.ravel(made.of(grpo, "val/accuracy", [25]))
-    assert on_the_page(f"GRPO had {span(peak, 2)} fifteen batches before its end")
+    assert on_the_page(f"GRPO had {span(peak, 2)} after 25 batches, its best validation")
+    seen = {step for a, _, step, x, _ in made.rows if (a, x) == (grpo, "val/accuracy")}
+    assert max(seen, key=lambda step: np.mean(made.of(grpo, "val/accuracy", [step]))) == 25
+    assert min(right[ours]) > max(right[grpo])
     assert on_the_page(f"STaR has {span(right[star], 2)}, on fewer tokens")
     soon = span(np.ravel(made.of(sft, "val/accuracy", [5])), 2)
     assert on_the_page(f"{mean(right[sft]):.2f} on all seeds, and {soon} after five batches")
     assert {f"{v:.2f}" for v in right[sft]} == {"0.98"}
-    for arm in (ours, grpo):
-        assert not np.any(made.of(arm, "val/behavior/self_critique", range(41)))
+    for behavior in ("self_conflict", "self_critique", "self_agreement", "self_consultancy"):
+        for arm in (ours, grpo):
+            seen = made.of(arm, f"val/behavior/{behavior}", range(41))
+            assert all(seen), (arm, behavior)
+            assert not any(map(any, seen)), (arm, behavior)
     read = reflections.read_rewards(ROOT / "docs/results/shown/guided.csv")
     early, late = (
         [r.after - r.before for r in read if r.step in steps]
@@ -391,22 +403,49 @@ def test_what_the_page_says_of_a_student_that_is_shown_how_is_in_the_data():
     )
     assert on_the_page(f"{early.count(1)} and {early.count(-1)} of {len(early)}; in the last ten")
     assert on_the_page(f"fewer, {late.count(1)} and {late.count(-1)} of {len(late)}")
-    assert on_the_page(
-        f"GRPO's seed 1 has {peak[0]:.2f} after 25 batches and {right[grpo][0]:.2f} after 40"
+    was, became = (
+        mean(getattr(r, when) for r in read if r.step > 10) for when in ("before", "after")
     )
-    worst, *_ = made.of(star, "val/accuracy", [10])[1]
-    assert on_the_page(f"STaR's seed 2 {worst:.2f} after 10 and {right[star][1]:.2f} after 14")
+    assert on_the_page(
+        f"{was:.2f} of these answers were right before the teacher's words, and {became:.2f} after"
+    )
+    falls = made.of(grpo, "val/accuracy", [25, 30])[0], made.of(star, "val/accuracy", [5, 10])[1]
+    assert on_the_page(
+        "GRPO's seed 1 has {:.2f} after 25 batches and {:.2f} after 30, STaR's seed 2 {:.2f} after "
+        "5 and {:.2f} after 10".format(*falls[0], *falls[1])
+    )
 
     before = Results("shown/earlier")
-    ended = [
-        [seed[-1] for seed in before.of(arm, "val/accuracy", range(1, 31))]
-        for arm in (ours, "GRPO, 30 batches")
-    ]
-    assert on_the_page(f"ended at {span(ended[0], 2)} on another machine")
-    first, second = (listed(f"{v:.2f}" for v in values) for values in ended)
-    assert on_the_page(f"with the same configurations had {first}, GRPO with 30 batches {second}")
+    shorter, then = "GRPO, 30 batches", "val/accuracy"
+    ended = [seed[-1] for seed in before.of(ours, then, range(21))]
+    assert on_the_page(f"ended at {span(ended, 2)} on another machine")
+    ended, first, now = (
+        listed(f"{v:.2f}" for v in np.ravel(values))
+        for values in (ended, before.of(shorter, then, [30]), made.of(grpo, then, [30]))
+    )
+    assert on_the_page(f"of the sections above, and had {ended}; GRPO after 30 batches had {first}")
+    assert on_the_page(f"{first}, and has {now} now")
     same = [{run["digest"] for run in found.runs if run["arm"] == ours} for found in (before, made)]
     assert same[0] == same[1]
+    parts = {
+        (arm, seed): parting(
+            *(
+                {(step, x): v for a, s, step, x, v in found.rows if (a, s) == (name, seed)}
+                for found, name in ((before, earlier), (made, arm))
+            )
+        )
+        for arm, earlier in ((ours, ours), (grpo, shorter))
+        for seed in (1, 2, 3)
+    }
+    assert parts.pop((grpo, 3)) is None
+    assert max(parts.values()) == 4
+
+
+def parting(one: dict[tuple[int, str], float], other: dict[tuple[int, str], float]) -> int | None:
+    """The first step at which a value that both have, but minutes, is another."""
+    both = {key for key in one.keys() & other.keys() if key[1] != "minutes"}
+    assert both
+    return min((step for step, x in both if one[step, x] != other[step, x]), default=None)
 
 
 def listed(parts: Iterable[str]) -> str:
