@@ -11,7 +11,8 @@ Reads ``configs/experiments/NAME.yaml``, runs every arm with every seed, and wri
     table.md       likewise
     answers.csv    where the experiment names a reflection: what students said of themselves
     reflections.*  what their reflections did, drawn from answers.csv alone
-    held_out.*     likewise, of the answers of the last validation
+    held_out.csv   the answers of the last validation
+    held_out.md    what reflections did in these
 
 Runs that are finished are not made again, and one that was stopped goes on: they lie in --runs.
 """
@@ -262,10 +263,10 @@ def gather(experiment: Experiment, made: Sequence[Run], folder: Path) -> None:
                     writer.writerow([run.arm, run.seed, step, scalar, f"{value:.6g}"])
     copy_configs(list(finished), folder / "config")
     gather_rows(reflections.Guided, reflections.read_guided, finished, folder / "guided.csv")
+    answer = reflections.Answer
+    gather_rows(answer, reflections.read_held_out, finished, folder / "held_out.csv")
     if experiment.reflection:
-        answer = reflections.Answer
         gather_rows(answer, reflections.read_students, finished, folder / "answers.csv")
-        gather_rows(answer, reflections.read_held_out, finished, folder / "held_out.csv")
 
 
 def copy_configs(made: Sequence[Run], folder: Path) -> None:

@@ -195,6 +195,58 @@ def test_what_the_page_says_of_the_phrase_is_in_the_data():
     assert on_the_page(f"{fewest} to {most} of the 140 batches had any gradient")
 
 
+def test_what_the_page_says_of_guidance_that_ends_is_in_the_data():
+    made, earlier, ours = Results("afterwards"), Results("catchphrase"), "ThinkTuning"
+    phrase, once, endless = "val/behavior/catchphrase", "val/reward/PhraseReward", "val/cut_off"
+
+    def at(step: int, scalar: str, found: Results = made) -> list[float]:
+        return [v for (v,) in found.of(ours, scalar, [step])]
+
+    guided = made.of(ours, "guidance/realised_gamma", range(1, 41))
+    assert [max(step for step, v in enumerate(seed, 1) if v) for seed in guided] == [15, 15, 15]
+    said = made.of(ours, phrase, range(15, 41))
+    assert on_the_page(f"it is in {span([*said[0], *said[2]], 2)} of their answers at every")
+    right, later = (listed(f"{2 * v:.2f}" for v in at(step, once)) for step in (25, 35))
+    assert on_the_page(
+        f"in {2 * max(at(20, once)):.2f} of the answers at most after 20 batches, in {right} after "
+        f"25, and in {later} after 35"
+    )
+    one, two, three = at(40, endless)
+    assert on_the_page(f"after 40 batches in {one:.2f} and {three:.2f} on these two seeds")
+    assert (at(15, phrase)[1], at(15, endless)[1], two) == (0, 1, 1)
+    assert on_the_page(f"It was in {at(25, phrase)[1]:.2f} after 25, and in none after 35 and 40")
+    assert at(35, phrase)[1] == at(40, phrase)[1] == 0
+    sampled = [2 * mean(v) for v in made.of(ours, "reward/PhraseReward", range(31, 41))]
+    assert on_the_page(
+        f"in the last ten batches, {sampled[1]:.2f} of its training answers earned the phrase's "
+        f"reward, with nobody guiding; on seeds 1 and 3 {sampled[0]:.2f} and {sampled[2]:.2f}"
+    )
+    then, now = at(15, phrase, earlier), at(15, phrase)
+    assert on_the_page(
+        f"seed 2 had the phrase in {then[1]:.2f} of its answers by then, and seed 3 in "
+        f"{then[2]:.2f}. On this machine it is {now[1]:.2f} and {now[2]:.2f}"
+    )
+
+    answers = reflections.read_answers(ROOT / "docs/results/afterwards/held_out.csv")
+    texts = [[a.text for a in answers if a.seed == seed] for seed in (1, 2)]
+    assert on_the_page("on these two seeds, all with the phrase in them")
+    assert at(40, phrase)[0] == at(40, phrase)[2] == 1
+    assert any("count the stars twice, count the stars twice, " in text for text in texts[0])
+    numbers = [t for t in texts[1] if re.fullmatch(r"The final answer is \\boxed\{\d{150,}", t)]
+    assert len(numbers) == len(texts[1]) == 32
+    assert on_the_page("all 32 write a number that doesn't end")
+
+    clip = Results("afterwards/clip")
+    (phrase_then,), (before, then_once) = (
+        clip.of("plain clipped ratio", scalar, steps)[0]
+        for scalar, steps in ((phrase, [40]), (once, [30, 40]))
+    )
+    assert on_the_page(
+        f"after 40 batches {phrase_then:.2f} with the phrase, and {2 * then_once:.2f} exactly "
+        f"once, and an end, after {2 * before:.2f} at 30"
+    )
+
+
 def test_what_the_page_says_of_sums_is_in_the_data():
     made = Results("sums")
     (before,) = {
