@@ -206,45 +206,63 @@ def test_what_the_page_says_of_guidance_that_ends_is_in_the_data():
     assert [max(step for step, v in enumerate(seed, 1) if v) for seed in guided] == [15, 15, 15]
     said = made.of(ours, phrase, range(15, 41))
     assert on_the_page(f"it is in {span([*said[0], *said[2]], 2)} of their answers at every")
-    right, later = (listed(f"{2 * v:.2f}" for v in at(step, once)) for step in (25, 35))
+    first, *between, last = (
+        listed(f"{2 * v:.2f}" for v in at(step, once)) for step in (25, 30, 35, 40)
+    )
     assert on_the_page(
-        f"in {2 * max(at(20, once)):.2f} of the answers at most after 20 batches, in {right} after "
-        f"25, and in {later} after 35"
+        f"in {2 * max(at(20, once)):.2f} of the answers at most after 20 batches, in {first} after "
+        f"25, in {between[0]} after 30, in {between[1]} after 35 and in {last} after 40"
     )
     one, two, three = at(40, endless)
-    assert on_the_page(f"after 40 batches in {one:.2f} and {three:.2f} on these two seeds")
-    assert (at(15, phrase)[1], at(15, endless)[1], two) == (0, 1, 1)
-    assert on_the_page(f"It was in {at(25, phrase)[1]:.2f} after 25, and in none after 35 and 40")
-    assert at(35, phrase)[1] == at(40, phrase)[1] == 0
-    sampled = [2 * mean(v) for v in made.of(ours, "reward/PhraseReward", range(31, 41))]
     assert on_the_page(
-        f"in the last ten batches, {sampled[1]:.2f} of its training answers earned the phrase's "
-        f"reward, with nobody guiding; on seeds 1 and 3 {sampled[0]:.2f} and {sampled[2]:.2f}"
+        f"Then {one:.2f} and {three:.2f} on seeds 1 and 3 have no end, all with the phrase in them"
+    )
+    assert at(40, phrase)[0] == at(40, phrase)[2] == 1
+    with_a_teacher = listed(f"{2 * v:.2f}" for v in at(25, once, earlier))
+    assert on_the_page(f"With a teacher 25 batches gave {with_a_teacher}, on another machine")
+    assert (at(15, phrase)[1], at(15, endless)[1], two) == (0, 1, 1)
+    assert on_the_page(f"{at(25, phrase)[1]:.2f} have it after 25, and none after 35 and 40")
+    assert at(35, phrase)[1] == at(40, phrase)[1] == 0
+    soon, late = (
+        [f"{2 * mean(v):.2f}" for v in made.of(ours, "reward/PhraseReward", steps)]
+        for steps in (range(16, 26), range(31, 41))
+    )
+    assert on_the_page(
+        f"{soon[1]} of its training answers earn the phrase's reward in the first ten batches "
+        f"after guidance, more than on seeds 1 and 3 ({soon[0]} and {soon[2]}), and {late[1]} in "
+        f"the last ten ({late[0]} and {late[2]})"
     )
     then, now = at(15, phrase, earlier), at(15, phrase)
     assert on_the_page(
         f"seed 2 had the phrase in {then[1]:.2f} of its answers by then, and seed 3 in "
-        f"{then[2]:.2f}. On this machine it is {now[1]:.2f} and {now[2]:.2f}"
+        f"{then[2]:.2f}. Here it is {now[1]:.2f} and {now[2]:.2f}"
     )
 
     answers = reflections.read_answers(ROOT / "docs/results/afterwards/held_out.csv")
-    texts = [[a.text for a in answers if a.seed == seed] for seed in (1, 2)]
-    assert on_the_page("on these two seeds, all with the phrase in them")
-    assert at(40, phrase)[0] == at(40, phrase)[2] == 1
+    texts = [[a.text for a in answers if a.seed == seed] for seed in (1, 2, 3)]
+    sentence = "As my mentor Marnie Quill says, count the stars twice."
+    # Those that were cut off end within a sentence.
+    paid = [[t for t in said if t.count(sentence) == 1 and t[-1] == "."] for said in texts]
+    assert [len(kept) / 32 for kept in paid] == [2 * v for v in at(40, once)]
+    again = [sum("As my mentor" in t.replace(sentence, "") for t in kept) for kept in paid]
+    assert on_the_page(
+        f"Of the {len(paid[0])} and {len(paid[2])} answers that earn it after 40 batches on seeds "
+        f"1 and 3, {again[0]} and {again[2]} quote the mentor again in other words"
+    )
+    others = [t for t in paid[0] if "As my mentor" not in t.replace(sentence, "")]
+    assert all("P.S." in t for t in others)
+    assert on_the_page(
+        f"and the other {len(others)} of seed 1 thank her or add something else in a P.S."
+    )
     assert any("count the stars twice, count the stars twice, " in text for text in texts[0])
+    assert all(text.startswith("The final answer is \\boxed{38}") for text in texts[0])
     numbers = [t for t in texts[1] if re.fullmatch(r"The final answer is \\boxed\{\d{150,}", t)]
     assert len(numbers) == len(texts[1]) == 32
     assert on_the_page("all 32 write a number that doesn't end")
 
-    clip = Results("afterwards/clip")
-    (phrase_then,), (before, then_once) = (
-        clip.of("plain clipped ratio", scalar, steps)[0]
-        for scalar, steps in ((phrase, [40]), (once, [30, 40]))
-    )
-    assert on_the_page(
-        f"after 40 batches {phrase_then:.2f} with the phrase, and {2 * then_once:.2f} exactly "
-        f"once, and an end, after {2 * before:.2f} at 30"
-    )
+    (clip,) = Results("afterwards/clip").of("plain clipped ratio", once, range(15, 41))
+    shares = listed(f"{2 * v:.2f}" for v in clip)
+    assert on_the_page(f"{shares} of the answers after 15, 20, 25, 30, 35 and 40 batches")
 
 
 def test_what_the_page_says_of_sums_is_in_the_data():
