@@ -263,10 +263,9 @@ def gather(experiment: Experiment, made: Sequence[Run], folder: Path) -> None:
                     writer.writerow([run.arm, run.seed, step, scalar, f"{value:.6g}"])
     copy_configs(list(finished), folder / "config")
     gather_rows(reflections.Guided, reflections.read_guided, finished, folder / "guided.csv")
-    answer = reflections.Answer
-    gather_rows(answer, reflections.read_held_out, finished, folder / "held_out.csv")
+    gather_rows(reflections.Answer, reflections.read_held_out, finished, folder / "held_out.csv")
     if experiment.reflection:
-        gather_rows(answer, reflections.read_students, finished, folder / "answers.csv")
+        gather_rows(reflections.Answer, reflections.read_students, finished, folder / "answers.csv")
 
 
 def copy_configs(made: Sequence[Run], folder: Path) -> None:

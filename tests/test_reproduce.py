@@ -1,6 +1,7 @@
 """Runs of experiments, what is put together from them, and tables."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,8 @@ def test_finished_runs_are_gathered(tmp_path):
         reflections.Guided("a", seed, 1, 0.5, 0.1) for seed in (2, 3)
     ]
     assert reflections.read_answers(results / "held_out.csv") == []
+    plain = tmp_path / "plain"
+    reproduce.gather(replace(made, reflection=""), finished, plain)
+    assert {f.name for f in results.iterdir()} - {f.name for f in plain.iterdir()} == {
+        "answers.csv"
+    }

@@ -127,6 +127,18 @@ class Results:
             for seed in seeds
         ]
 
+    def at(self, arm: str, scalar: str, step: int) -> list[float]:
+        """The value of every seed at a step."""
+        return [value for (value,) in self.of(arm, scalar, [step])]
+
+    def run(self, arm: str, seed: int) -> dict[tuple[int, str], float]:
+        """What doesn't depend on the clock, by step and scalar."""
+        return {
+            (step, x): v
+            for a, s, step, x, v in self.rows
+            if (a, s) == (arm, seed) and x != "minutes"
+        }
+
     def minutes(self, *arms: str) -> str:
         found = [run["minutes"] for run in self.runs if run["arm"] in arms]
         return f"{min(found):.0f} to {max(found):.0f}"
@@ -147,7 +159,7 @@ def test_what_the_page_says_of_the_phrase_is_in_the_data():
     grpo, ours = "GRPO (γ = 0)", "ThinkTuning"
 
     def at(step: int, scalar: str, times: float = 1) -> list[str]:
-        return [f"{times * v:.2f}" for (v,) in made.of(ours, scalar, range(step, step + 1))]
+        return [f"{times * v:.2f}" for v in made.at(ours, scalar, step)]
 
     phrase, once, endless = "val/behavior/catchphrase", "val/reward/PhraseReward", "val/cut_off"
     said = {step: sorted(at(step, phrase)) for step in (20, 25)}
@@ -176,8 +188,8 @@ def test_what_the_page_says_of_the_phrase_is_in_the_data():
     assert not np.any(made.of(grpo, "reward/PhraseReward", range(1, 26)))
     one, three, six = with_gradient(made, grpo, range(1, 26))
     assert on_the_page(f"{one}, {three} and {six} batches of 25 had any gradient")
-    early = made.of("no shaping", "val/behavior/catchphrase", range(10, 11))
-    assert on_the_page(f"{span(np.ravel(early), 2)} of the answers after ten batches")
+    early = made.at("no shaping", "val/behavior/catchphrase", 10)
+    assert on_the_page(f"{span(early, 2)} of the answers after ten batches")
     guided = made.minutes("ThinkTuning", "plain clipped ratio", "LUFFY's shaping", "no shaping")
     assert on_the_page(f"{guided} minutes for guided runs and {made.minutes(grpo)} for GRPO")
 
@@ -200,7 +212,7 @@ def test_what_the_page_says_of_guidance_that_ends_is_in_the_data():
     phrase, once, endless = "val/behavior/catchphrase", "val/reward/PhraseReward", "val/cut_off"
 
     def at(step: int, scalar: str, found: Results = made) -> list[float]:
-        return [v for (v,) in found.of(ours, scalar, [step])]
+        return found.at(ours, scalar, step)
 
     guided = made.of(ours, "guidance/realised_gamma", range(1, 41))
     assert [max(step for step, v in enumerate(seed, 1) if v) for seed in guided] == [15, 15, 15]
@@ -290,7 +302,7 @@ def test_what_the_page_says_of_sums_is_in_the_data():
         f"tokens were trained on, in {mean(minutes[grpo]):.0f} (GRPO) to "
         f"{mean(minutes[ours]):.0f} minutes"
     )
-    first_seen = span(np.ravel(made.of("SFT", "val/accuracy", [10])), 2)
+    first_seen = span(made.at("SFT", "val/accuracy", 10), 2)
     assert on_the_page(f"SFT has {first_seen} right when it is first looked at")
     realised = [
         span([mean(v) for v in made.of(ours, "guidance/realised_gamma", steps)], 2)
@@ -345,7 +357,7 @@ def test_what_the_page_says_of_ablations_is_in_the_data():
     made, sums = Results("ablations"), Results("sums")
 
     def right(arm: str, step: int, scalar: str = "val/accuracy") -> float:
-        ((value,),) = made.of(arm, scalar, range(step, step + 1))
+        (value,) = made.at(arm, scalar, step)
         return value
 
     critique = "val/behavior/self_critique"
@@ -354,7 +366,7 @@ def test_what_the_page_says_of_ablations_is_in_the_data():
     assert not right("γ = 0", 20, critique)
 
     seeds = [
-        [f"{v:.2f}" for (v,) in sums.of("ThinkTuning", scalar, [20])]
+        [f"{v:.2f}" for v in sums.at("ThinkTuning", scalar, 20)]
         for scalar in ("val/accuracy", critique)
     ]
     assert on_the_page(
@@ -418,15 +430,11 @@ def test_what_the_page_says_of_ablations_is_in_the_data():
     assert not right(shown, 20, critique)
     repeated = 0
     for arm, again in (("ThinkTuning", "ThinkTuning (γ = 0.25)"), ("GRPO, 80 batches", "γ = 0")):
-        first, second = (
-            {(step, x): v for a, seed, step, x, v in rows if (a, seed) == (name, 1)}
-            for rows, name in ((sums.rows, arm), (made.rows, again))
-        )
-        both = {key for key in first.keys() & second.keys() if key[1] != "minutes"}
-        assert all(first[key] == second[key] for key in both)
-        repeated += len(both)
+        first, second = sums.run(arm, 1), made.run(again, 1)
+        assert parting(first, second) is None
+        repeated += len(first.keys() & second.keys())
     assert on_the_page(f"all {repeated} values that both have are the same to six digits")
-    once = sums.of("ThinkTuning", "minutes", [20])[0][0]
+    once = sums.at("ThinkTuning", "minutes", 20)[0]
     again = right(base, 20, "minutes")
     assert on_the_page(f"ThinkTuning's first 20 batches took {once:.1f} and {again:.1f}")
 
@@ -440,8 +448,8 @@ def test_what_the_page_says_of_a_student_that_is_shown_how_is_in_the_data():
         {arm: [seed[-1] for seed in made.of(arm, scalar, range(1, 41))] for arm in arms}
         for scalar in ("val/accuracy", "thousand_tokens", "minutes")
     )
-    assert {answers for (answers,) in made.of(star, "star/kept", [1])} == {419}
-    solved = {round(656 * share) for (share,) in made.of(star, "star/solved", [1])}
+    assert set(made.at(star, "star/kept", 1)) == {419}
+    solved = {round(656 * share) for share in made.at(star, "star/solved", 1)}
     assert solved == {419 - 129}
     assert on_the_page("trains once on its 419 right answers, 129 of them found with the answer")
     equal = [v for arm in (ours, grpo, sft) for v in tokens[arm]]
@@ -452,13 +460,13 @@ def test_what_the_page_says_of_a_student_that_is_shown_how_is_in_the_data():
     assert on_the_page(
         f"{span(right[ours], 2)} are right with ThinkTuning, and {span(right[grpo], 2)} with GRPO"
     )
-    peak = np.ravel(made.of(grpo, "val/accuracy", [25]))
+    peak = made.at(grpo, "val/accuracy", 25)
     assert on_the_page(f"GRPO had {span(peak, 2)} after 25 batches, its best validation")
     seen = {step for a, _, step, x, _ in made.rows if (a, x) == (grpo, "val/accuracy")}
-    assert max(seen, key=lambda step: np.mean(made.of(grpo, "val/accuracy", [step]))) == 25
+    assert max(seen, key=lambda step: mean(made.at(grpo, "val/accuracy", step))) == 25
     assert min(right[ours]) > max(right[grpo])
     assert on_the_page(f"STaR has {span(right[star], 2)}, on fewer tokens")
-    soon = span(np.ravel(made.of(sft, "val/accuracy", [5])), 2)
+    soon = span(made.at(sft, "val/accuracy", 5), 2)
     assert on_the_page(f"{mean(right[sft]):.2f} on all seeds, and {soon} after five batches")
     assert {f"{v:.2f}" for v in right[sft]} == {"0.98"}
     for behavior in ("self_conflict", "self_critique", "self_agreement", "self_consultancy"):
@@ -490,20 +498,15 @@ def test_what_the_page_says_of_a_student_that_is_shown_how_is_in_the_data():
     ended = [seed[-1] for seed in before.of(ours, then, range(21))]
     assert on_the_page(f"ended at {span(ended, 2)} on another machine")
     ended, first, now = (
-        listed(f"{v:.2f}" for v in np.ravel(values))
-        for values in (ended, before.of(shorter, then, [30]), made.of(grpo, then, [30]))
+        listed(f"{v:.2f}" for v in values)
+        for values in (ended, before.at(shorter, then, 30), made.at(grpo, then, 30))
     )
     assert on_the_page(f"of the sections above, and had {ended}; GRPO after 30 batches had {first}")
     assert on_the_page(f"{first}, and has {now} now")
     same = [{run["digest"] for run in found.runs if run["arm"] == ours} for found in (before, made)]
     assert same[0] == same[1]
     parts = {
-        (arm, seed): parting(
-            *(
-                {(step, x): v for a, s, step, x, v in found.rows if (a, s) == (name, seed)}
-                for found, name in ((before, earlier), (made, arm))
-            )
-        )
+        (arm, seed): parting(before.run(earlier, seed), made.run(arm, seed))
         for arm, earlier in ((ours, ours), (grpo, shorter))
         for seed in (1, 2, 3)
     }
@@ -512,8 +515,8 @@ def test_what_the_page_says_of_a_student_that_is_shown_how_is_in_the_data():
 
 
 def parting(one: dict[tuple[int, str], float], other: dict[tuple[int, str], float]) -> int | None:
-    """The first step at which a value that both have, but minutes, is another."""
-    both = {key for key in one.keys() & other.keys() if key[1] != "minutes"}
+    """The first step at which a value that both have is another."""
+    both = one.keys() & other.keys()
     assert both
     return min((step for step, x in both if one[step, x] != other[step, x]), default=None)
 
